@@ -1,0 +1,260 @@
+"""What a parsed command line becomes: frozen values, grouped as their users need them.
+
+The Namespace ends at the entry point. ``None`` means "the user did not say", and whoever reads the value says what
+follows from that (the manifest, ``config.json``, or a default written at the field).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+@dataclass(frozen=True)
+class ArchitectureFlags:
+    """Architecture values that the user passed explicitly; compared with ``config.json``, never a source of defaults."""
+
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+    kv_channels: int | None = None
+    padded_vocab_size: int | None = None
+    vocab_size: int | None = None
+    norm_epsilon: float | None = None
+    rotary_base: float | None = None
+    qk_layernorm: bool | None = None  # True when passed
+    untie_embeddings_and_output_weights: bool | None = None  # True when passed
+    add_qkv_bias: bool | None = None
+    max_position_embeddings: int | None = None  # a limit of the run, not compared
+    seq_length: int | None = None  # likewise
+
+
+@dataclass(frozen=True)
+class ParallelFlags:
+    """Sizes of the parallel grid; data parallel size = world size / (tensor x pipeline)."""
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    layers_per_virtual_stage: int | None = None  # --num-layers-per-virtual-pipeline-stage
+    sequence_parallel: bool = False
+
+
+@dataclass(frozen=True)
+class RuntimeFlags:
+    """Device, dtype and seed. ``params_dtype``: "bf16", "fp32", or None (training: fp32; elsewhere: the checkpoint's own)."""
+
+    device: str = "auto"  # auto | npu | cuda | cpu
+    params_dtype: str | None = None
+    seed: int = 1234
+    distributed_timeout_minutes: int = 10
+    distributed_backend: str | None = None  # as passed; always the device's own backend
+
+
+@dataclass(frozen=True)
+class LoraFlags:
+    """LoRA values as passed; None where the adapter (or, for a new one, the default r 16, alpha 32) decides."""
+
+    r: int | None = None
+    alpha: float | None = None
+    targets: tuple[str, ...] | None = None  # of LORA_TARGETS
+    fusion: bool = False
+
+
+@dataclass(frozen=True)
+class LoadFlags:
+    """Where weights come from. ``load``: Megatron folder (ours or the peer's) or Hugging Face folder."""
+
+    load: Path | None = None
+    lora_load: Path | None = None
+    finetune: bool = False  # weights only, iteration 0
+    load_optim: bool = True
+    load_rng: bool = True
+    exit_on_missing_checkpoint: bool = False
+    verify: bool = False  # check every part's checksum
+
+
+@dataclass(frozen=True)
+class TokenizerFlags:
+    """``name_or_path`` None: the tokenizer that travels with ``--load``."""
+
+    name_or_path: Path | None = None
+    use_fast: bool = True
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class TemplateFlags:
+    """``enable_thinking``: "true" | "false" | "none"; None: not said (then the manifest, else "none")."""
+
+    prompt_type: str | None = None
+    prompt_type_path: Path | None = None
+    enable_thinking: str | None = None
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """Training data. ``split``: train, validation, test shares (any scale)."""
+
+    data_path: str = ""
+    split: tuple[float, float, float] = (969.0, 30.0, 1.0)
+    seq_length: int = 4096
+    pad_to_seq_length: bool = True  # False with --no-pad-to-seq-lengths
+    pad_to_multiple_of: int = 8  # tokens
+    shuffle: bool = True
+    num_workers: int = 2
+
+
+@dataclass(frozen=True)
+class OptimizerFlags:
+    """AdamW and its schedule; warm-up is a fraction of the decay iterations or a count of iterations."""
+
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    lr_decay_style: str = "linear"  # linear | cosine | constant
+    lr_warmup_fraction: float | None = None
+    lr_warmup_iters: int = 0
+    lr_warmup_init: float = 0.0
+    lr_decay_iters: int | None = None  # None: train_iters
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0  # 0: off
+    use_distributed_optimizer: bool = False
+
+
+@dataclass(frozen=True)
+class RecomputeFlags:
+    """``granularity`` None: off. ``full``: ``method`` block (the first ``num_layers`` of a stage) or uniform (groups of them)."""
+
+    granularity: str | None = None  # None | full | selective
+    method: str | None = None  # block | uniform
+    num_layers: int | None = None
+
+
+@dataclass(frozen=True)
+class SaveFlags:
+    """Where and how often training writes."""
+
+    save: Path | None = None
+    save_interval: int | None = None  # iterations; None: at the end only
+    save_optim: bool = True
+    save_rng: bool = True
+    lora_ckpt_filter: bool = True  # False: base and adapter together, in one checkpoint
+    tensorboard_dir: Path | None = None  # None: <save>/tensorboard
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """``posttrain_gpt.py``."""
+
+    parallel: ParallelFlags
+    runtime: RuntimeFlags
+    load: LoadFlags
+    tokenizer: TokenizerFlags
+    template: TemplateFlags
+    data: DataFlags
+    optimizer: OptimizerFlags
+    recompute: RecomputeFlags
+    save: SaveFlags
+    architecture: ArchitectureFlags = field(default_factory=ArchitectureFlags)
+    lora: LoraFlags | None = None  # None: full-parameter training
+    micro_batch_size: int = 1
+    global_batch_size: int | None = None  # None: micro_batch_size x data parallel size
+    train_iters: int = 0
+    loss_normalization: str = "tokens"  # tokens | micro-batch
+    eval_interval: int | None = None
+    eval_iters: int = 100
+    log_interval: int = 1
+    log_throughput: bool = False
+    pipeline_buffer_fraction: float = 0.05  # of device memory, for receive buffers
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """``inference.py``."""
+
+    parallel: ParallelFlags
+    runtime: RuntimeFlags
+    load: LoadFlags
+    tokenizer: TokenizerFlags
+    template: TemplateFlags
+    architecture: ArchitectureFlags = field(default_factory=ArchitectureFlags)
+    lora: LoraFlags | None = None
+    tasks: tuple[str, ...] = ("greedy", "do_sample")
+    prompts: tuple[str, ...] = ("how are you?",)
+    max_new_tokens: int = 128
+    max_length: int = 256
+    top_p: float = 0.95
+    top_k: int = 50
+    temperature: float = 0.7
+    use_kv_cache: bool = True
+    add_eos_token: tuple[str, ...] = ()
+    hf_chat_template: bool = False
+    micro_batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """``evaluation.py``."""
+
+    parallel: ParallelFlags
+    runtime: RuntimeFlags
+    load: LoadFlags
+    tokenizer: TokenizerFlags
+    template: TemplateFlags
+    tasks: tuple[str, ...]
+    task_data_path: Path
+    architecture: ArchitectureFlags = field(default_factory=ArchitectureFlags)
+    lora: LoraFlags | None = None
+    num_fewshot: int | None = None  # None: the task's usual number (mmlu: 5)
+    max_eval_samples: int | None = None  # per subject
+    evaluation_batch_size: int = 1
+    max_new_tokens: int | None = None
+    use_chat_template: bool = False  # mmlu scores log-likelihoods of letters: no template unless --prompt-type asks
+    output_path: Path | None = None  # None: no file but the log; evaluation.py defaults it beside the checkpoint
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """``preprocess_data.py``."""
+
+    input: Path
+    output_prefix: Path
+    tokenizer: TokenizerFlags
+    template: TemplateFlags
+    handler_name: str = "AlpacaStyleInstructionHandler"
+    map_keys: dict[str, object] | None = None
+    seq_length: int | None = None  # records are cut to fit; None: no cut (100000)
+    workers: int = 1
+    log_interval: int = 1000
+    json_keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    overwrite_cache: bool = False
+    cache_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """``convert_ckpt.py``. Types are "hf" or "mg"."""
+
+    load_model_type: str
+    save_model_type: str
+    load_dir: Path
+    save_dir: Path
+    model_type_hf: str | None = None  # None: from config.json
+    target_tensor_parallel_size: int = 1
+    target_pipeline_parallel_size: int = 1
+    layers_per_virtual_stage: int | None = None
+    params_dtype: str | None = None  # "bf16" | "fp16" | "fp32"; None: kept
+    make_vocab_size_divisible_by: int = 1
+    lora_load: Path | None = None
+    lora: LoraFlags | None = None
+    save_lora_to_hf: bool = False
+    hf_cfg_dir: Path | None = None  # where config and tokenizer lie, when not in load_dir or save_dir
+    add_qkv_bias: bool | None = None
+    verify: bool = False

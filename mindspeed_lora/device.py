@@ -1,0 +1,133 @@
+"""The one place that knows which accelerators exist: npu, cuda or cpu. ``torch_npu`` is imported here and nowhere else.
+
+Everything goes through ``torch.accelerator`` where torch has it, with plain no-ops on CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import resource
+import sys
+from types import ModuleType
+
+import torch
+
+from mindspeed_lora.errors import MindSpeedLoraError, UsageError
+
+BACKENDS = {"npu": "cpu:gloo,npu:hccl", "cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
+OLDEST_TORCH, NEWEST_TESTED_TORCH = (2, 7), (2, 13)
+
+
+def load_torch_npu() -> ModuleType:
+    """Import ``torch_npu`` (extra ``npu``).
+
+    Raises:
+        MindSpeedLoraError: it is not installed, or CANN is not in the environment.
+    """
+    try:
+        return importlib.import_module("torch_npu")
+    except (ImportError, OSError) as error:
+        raise MindSpeedLoraError(
+            f"--device npu needs torch_npu, which did not import ({error}); install the pair of torch and torch_npu that "
+            "the README lists for your CANN, and source CANN's set_env.sh first"
+        ) from error
+
+
+def torch_npu_installed() -> bool:
+    """Whether the package is there (not whether it imports)."""
+    return importlib.util.find_spec("torch_npu") is not None
+
+
+def _npu_available() -> bool:
+    if not torch_npu_installed():
+        return False
+    load_torch_npu()
+    return bool(torch.get_device_module("npu").is_available())
+
+
+def select_device_type(name: str = "auto") -> str:
+    """Resolve ``--device``: "auto" takes npu, then cuda, then cpu.
+
+    Raises:
+        UsageError: the named device is not on this machine.
+    """
+    available = {"npu": _npu_available, "cuda": torch.cuda.is_available, "cpu": lambda: True}
+    if name == "auto":
+        return next(kind for kind, there in available.items() if there())
+    if name not in available:
+        raise UsageError(f"--device {name} is unknown; use auto, npu, cuda or cpu")
+    if name == "npu":
+        load_torch_npu()
+    if not available[name]():
+        raise UsageError(f"--device {name}: no such device is visible on this machine; use --device auto or cpu")
+    return name
+
+
+def select_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """The process's device, made current; ``local_rank`` is its index on this machine."""
+    kind = select_device_type(name)
+    if kind == "cpu":
+        return torch.device("cpu")
+    module = torch.get_device_module(kind)
+    if local_rank >= module.device_count():
+        raise UsageError(f"local rank {local_rank} has no {kind} device: this machine shows {module.device_count()}; lower --nproc_per_node")
+    module.set_device(local_rank)
+    return torch.device(kind, local_rank)
+
+
+def collective_backend(device: torch.device) -> str:
+    """Backend string for ``init_process_group``: CPU tensors always go over gloo."""
+    return BACKENDS[device.type]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queued work."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory held so far: by torch on a device, resident in the process on CPU."""
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def total_memory_bytes(device: torch.device) -> int:
+    """Memory of the device (of the machine, on CPU)."""
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).get_device_properties(device).total_memory)
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Random state of torch on the CPU and on the device, as tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state()
+    return state
+
+
+def set_rng_state(device: torch.device, state: dict[str, torch.Tensor]) -> None:
+    """Restore what :func:`rng_state` returned; another device's part is left out."""
+    torch.set_rng_state(state["cpu"])
+    if device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type])
+
+
+def check_torch_version() -> str | None:
+    """None for a tested torch, a warning for a newer one.
+
+    Raises:
+        MindSpeedLoraError: older than the oldest that works.
+    """
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < OLDEST_TORCH:
+        raise MindSpeedLoraError(f"torch {torch.__version__} is too old: 2.7.1 is the oldest that works; pip install 'torch>=2.7.1,<2.14'")
+    if version > NEWEST_TESTED_TORCH:
+        return f"torch {torch.__version__} is newer than the newest tested (2.13); going on, compare a short run before a long one"
+    return None

@@ -1,0 +1,81 @@
+"""Tiny models and the places of the shared data, for all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _shared(variable: str, name: str) -> Path:
+    folder = Path(os.environ.get(variable, ROOT.parent / "shared" / name))
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent (set {variable})")
+    return folder
+
+
+def shared_data() -> Path:
+    """Folder of real data; skips the calling test where it is absent."""
+    return _shared("MINDSPEED_LORA_TEST_DATA", "data")
+
+
+def golden() -> Path:
+    """Folder of the peer's outputs; skips the calling test where it is absent."""
+    return _shared("MINDSPEED_LORA_TEST_GOLDEN", "golden")
+
+
+def tiny_config(family: str, **overrides: Any) -> Any:
+    """A transformers config of 4 layers with GQA and a head_dim that is not hidden / heads (qwen3)."""
+    import transformers
+
+    shape: dict[str, Any] = dict(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        attention_dropout=0.0,
+        tie_word_embeddings=False,
+    )
+    if family == "qwen3":
+        shape["head_dim"] = 16
+        return transformers.Qwen3Config(**{**shape, **overrides})
+    return transformers.LlamaConfig(**{**shape, **overrides})
+
+
+def make_model(path: Path, family: str = "qwen3", dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Save a random Hugging Face model (norm weights too are random, so that a lost norm shows) and return its folder."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **overrides), attn_implementation="eager")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            elif parameter.dim() == 2:
+                parameter.mul_(3.0)
+    model.to(getattr(torch, dtype)).save_pretrained(path)
+    return Path(path)
+
+
+def tiny_qwen3(path: Path, tied: bool = False, **overrides: Any) -> Path:
+    """A random Qwen3 folder."""
+    return make_model(path, "qwen3", tie_word_embeddings=tied, **overrides)
+
+
+def tiny_llama(path: Path, tied: bool = False, **overrides: Any) -> Path:
+    """A random Llama folder."""
+    return make_model(path, "llama", tie_word_embeddings=tied, **overrides)
