@@ -1,0 +1,43 @@
+"""Kernels by name, chosen by the device the tensor lies on.
+
+| kernel    | cpu, cuda                          | npu                  |
+|-----------|------------------------------------|----------------------|
+| rms_norm  | eager                              | npu_rms_norm         |
+| rotate    | eager                              | npu_rotary_mul       |
+| swiglu    | eager                              | npu_swiglu           |
+| attention | scaled_dot_product_attention       | npu_fusion_attention |
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from mindspeed_lora.ops import eager, npu
+
+
+def _kernels(x: torch.Tensor) -> ModuleType:
+    return npu if x.device.type == "npu" else eager
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """See :func:`mindspeed_lora.ops.eager.rms_norm`."""
+    return _kernels(x).rms_norm(x, weight, epsilon)
+
+
+def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """See :func:`mindspeed_lora.ops.eager.rotate`."""
+    return _kernels(x).rotate(x, cosine, sine)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """See :func:`mindspeed_lora.ops.eager.swiglu`."""
+    return _kernels(x).swiglu(x)
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None, is_causal: bool = True
+) -> torch.Tensor:
+    """See :func:`mindspeed_lora.ops.eager.attention`."""
+    return _kernels(query).attention(query, key, value, mask, is_causal)

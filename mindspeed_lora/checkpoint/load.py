@@ -1,0 +1,83 @@
+"""Fills a rank's stages from any checkpoint, whatever layout it was written in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mindspeed_lora.errors import CheckpointError
+from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.weights.sources import AdapterCheckpoint, BaseCheckpoint
+from mindspeed_lora.weights.table import Row, WeightTable
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """How many tensors of this rank came from where; ``missing`` is 0, or loading would have failed."""
+
+    base: int = 0
+    adapter: int = 0
+    missing: int = 0
+
+
+def _pad_vocabulary(row: Row, parts: list[torch.Tensor], table: WeightTable) -> list[torch.Tensor]:
+    """Repeat the last row up to the padded vocabulary, as the peer's converter does."""
+    if row.place == "layer" or parts[0].dim() != 2:
+        return parts
+    missing = table.config.padded_vocab_size - parts[0].shape[0]
+    return [torch.cat((part, part[-1:].expand(missing, -1))) if missing > 0 else part for part in parts]
+
+
+def _copy(parameter: nn.Parameter, value: torch.Tensor, name: str, source: object) -> None:
+    if parameter.shape != value.shape:
+        raise CheckpointError(f"{source}: {name} has shape {list(value.shape)} where the model needs {list(parameter.shape)}")
+    parameter.copy_(value)
+
+
+@torch.no_grad()
+def load_base(stages: Sequence[nn.Module], base: BaseCheckpoint, table: WeightTable, context: ParallelContext) -> LoadReport:
+    """Copy every base tensor of this rank, cast to the parameter's dtype.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or of another shape.
+    """
+    base.check_coverage(table)
+    count = 0
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            if ".lora_" in name:
+                continue
+            row, layer = table.parse(name.replace(".base_layer", ""))
+            parts = _pad_vocabulary(row, base.parts(row, layer), table)
+            _copy(parameter, table.shard(row, parts, context.tp_rank, context.tp_size), name, base.path)
+            count += 1
+    return LoadReport(base=count)
+
+
+@torch.no_grad()
+def load_adapter(stages: Sequence[nn.Module], adapter: AdapterCheckpoint, table: WeightTable, context: ParallelContext) -> LoadReport:
+    """Copy every LoRA tensor of this rank.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape.
+    """
+    count = 0
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            if ".lora_" not in name:
+                continue
+            lora_row = table.lora_row(name)
+            row, layer = table.parse(base_name(name))
+            a, b_parts = adapter.lora_parts(row, layer)
+            parts = [a] if ".lora_A." in name else b_parts
+            _copy(parameter, table.shard(lora_row, parts, context.tp_rank, context.tp_size), name, adapter.path)
+            count += 1
+    return LoadReport(adapter=count)
+
+
+def base_name(lora_name: str) -> str:
+    """``...linear_qkv.lora_A.default.weight`` -> ``...linear_qkv.weight``."""
+    return lora_name.split(".lora_")[0] + ".weight"

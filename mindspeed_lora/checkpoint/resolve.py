@@ -1,0 +1,114 @@
+"""Brings together what the checkpoint says and what the user passed; two sources that disagree are an error."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from mindspeed_lora.arguments.configs import ArchitectureFlags, LoraFlags
+from mindspeed_lora.errors import CheckpointError, UsageError
+from mindspeed_lora.weights.config import ModelConfig
+from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.sources import AdapterCheckpoint, BaseCheckpoint
+
+DEFAULT_R, DEFAULT_ALPHA = 16, 32.0
+
+# Values that change the function: (field of ArchitectureFlags, its flag, Hugging Face's word in config.json).
+_COMPARED = (
+    ("num_layers", "--num-layers", "num_hidden_layers"),
+    ("hidden_size", "--hidden-size", "hidden_size"),
+    ("ffn_hidden_size", "--ffn-hidden-size", "intermediate_size"),
+    ("num_attention_heads", "--num-attention-heads", "num_attention_heads"),
+    ("num_query_groups", "--num-query-groups", "num_key_value_heads"),
+    ("kv_channels", "--kv-channels", "head_dim"),
+    ("norm_epsilon", "--norm-epsilon", "rms_norm_eps"),
+    ("rotary_base", "--rotary-base", "rope_theta"),
+    ("qk_layernorm", "--qk-layernorm", "q_norm and k_norm weights"),
+    ("vocab_size", "--vocab-size", "vocab_size"),
+)
+
+
+def _disagree(flag: str, passed: Any, source: str, found: Any, word: str) -> UsageError:
+    return UsageError(f"{flag} {passed} contradicts {source}, which says {word} {found}; leave the flag out or load the model it describes")
+
+
+def _check_architecture(config: ModelConfig, flags: ArchitectureFlags, source: str) -> None:
+    for field, flag, word in _COMPARED:
+        passed, found = getattr(flags, field), getattr(config, field)
+        if passed is not None and found is not None and passed != found:
+            raise _disagree(flag, passed, source, found, word)
+    if flags.untie_embeddings_and_output_weights and config.tied_embeddings:
+        raise _disagree("--untie-embeddings-and-output-weights", "", source, True, "tie_word_embeddings")
+    if flags.add_qkv_bias and not config.qkv_bias:
+        raise _disagree("--add-qkv-bias", "", source, "none", "qkv bias")
+    if flags.padded_vocab_size is not None and flags.padded_vocab_size < config.vocab_size:
+        raise _disagree("--padded-vocab-size", flags.padded_vocab_size, source, config.vocab_size, "vocab_size")
+
+
+def resolve_model_config(base: BaseCheckpoint, flags: ArchitectureFlags, tensor_parallel_size: int = 1) -> ModelConfig:
+    """The model's shape: the checkpoint's own, checked against every architecture flag that was passed.
+
+    The vocabulary is padded to a multiple of the tensor-parallel size (padding rows never get any probability).
+
+    Raises:
+        UsageError: a passed value contradicts the checkpoint.
+        CheckpointError: nobody knows the shape or the rotary base.
+    """
+    config = base.config
+    if config is None:
+        raise CheckpointError(f"--load {base.path}: no config.json beside the weights and no usable args inside; put the model's config.json there")
+    _check_architecture(config, flags, f"{base.path}")
+    if config.rotary_base is None:
+        if flags.rotary_base is None:
+            raise CheckpointError(
+                f"--load {base.path}: the rotary base is unknown (no config.json, and a checkpoint's args do not hold it); "
+                "put the model's config.json there or pass --rotary-base"
+            )
+        config = replace(config, rotary_base=flags.rotary_base)
+    padded = max(config.vocab_size, flags.padded_vocab_size or 0)
+    return replace(config, padded_vocab_size=-(-padded // tensor_parallel_size) * tensor_parallel_size)
+
+
+def resolve_lora(flags: LoraFlags | None, adapter: AdapterCheckpoint | None) -> LoraSpec | None:
+    """r, alpha and targets: the adapter's own where there is one, else the flags', else r 16 and alpha 32.
+
+    Returns None for a run without LoRA.
+
+    Raises:
+        UsageError: a passed value contradicts the adapter, or nothing says a value.
+    """
+    passed = flags or LoraFlags()
+    if adapter is None:
+        if flags is None:
+            return None
+        if not passed.targets:
+            raise UsageError("LoRA flags without --lora-target-modules: name the layers to adapt, e.g. linear_qkv linear_proj linear_fc1 linear_fc2")
+        return LoraSpec(passed.r or DEFAULT_R, DEFAULT_ALPHA if passed.alpha is None else passed.alpha, passed.targets)
+    known = adapter.lora
+    if known is None:
+        if passed.r is None or passed.alpha is None or not passed.targets:
+            raise UsageError(f"--lora-load {adapter.path} does not record r, alpha and targets; pass --lora-r, --lora-alpha and --lora-target-modules")
+        return LoraSpec(passed.r, passed.alpha, passed.targets)
+    for flag, value, found in (("--lora-r", passed.r, known.r), ("--lora-alpha", passed.alpha, known.alpha)):
+        if value is not None and value != found:
+            raise _disagree(flag, value, f"--lora-load {adapter.path}", found, flag.removeprefix("--lora-"))
+    if passed.targets and set(passed.targets) != set(known.targets):
+        raise _disagree("--lora-target-modules", " ".join(passed.targets), f"--lora-load {adapter.path}", " ".join(known.targets), "targets")
+    return known
+
+
+def check_adapter_base(adapter: AdapterCheckpoint, base: BaseCheckpoint) -> None:
+    """Refuse an adapter that was trained on another base (by fingerprint, where the adapter records one).
+
+    Raises:
+        CheckpointError: the fingerprints differ.
+    """
+    reference = adapter.base_reference
+    if reference is None or not reference.get("fingerprint"):
+        return
+    found = base.fingerprint()
+    if reference["fingerprint"] != found:
+        raise CheckpointError(
+            f"--lora-load {adapter.path} was trained on {reference.get('path')} (fingerprint {reference['fingerprint']}), "
+            f"but --load {base.path} has fingerprint {found}; load the base it was trained on"
+        )

@@ -1,0 +1,74 @@
+"""Puts LoRA layers into a stage through peft's injection, and gives them values that no layout changes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import nn
+
+from mindspeed_lora.errors import UsageError
+from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.table import WeightTable
+
+ADAPTER_NAME = "default"
+
+
+def inject_lora(
+    stage: nn.Module, table: WeightTable, spec: LoraSpec, context: ParallelContext, fusion: bool = False, seed: int | None = None
+) -> int:
+    """Wrap every target linear of ``stage`` and leave only A and B trainable.
+
+    ``seed`` None leaves A uninitialised, for a stage that an adapter is loaded into; otherwise A is kaiming-uniform
+    (a = sqrt 5) drawn from the seed and the parameter's global name, and B is zero.
+
+    Returns:
+        Number of wrapped layers.
+
+    Raises:
+        UsageError: a target matches no module.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from mindspeed_lora.lora.layers import ParallelLoraLinear
+
+    present = {name.rpartition(".")[2] for name, module in stage.named_modules() if isinstance(module, (ColumnParallelLinear, RowParallelLinear))}
+    present.discard("output_layer")
+    unmatched = [target for target in spec.targets if target not in present]
+    if unmatched:
+        raise UsageError(f"--lora-target-modules {' '.join(unmatched)} matches no module of the model; it has {', '.join(sorted(present))}")
+    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, target_modules=list(spec.targets), lora_dropout=0.0, bias="none")  # type: ignore[arg-type]
+    config._register_custom_module({ColumnParallelLinear: ParallelLoraLinear, RowParallelLinear: ParallelLoraLinear})
+    inject_adapter_in_model(config, stage, ADAPTER_NAME)
+    count = 0
+    for module in stage.modules():
+        if isinstance(module, ParallelLoraLinear):
+            module.fusion = fusion
+            count += 1
+    if seed is not None:
+        initialize_lora(stage, table, context, seed)
+    return count
+
+
+@torch.no_grad()
+def initialize_lora(stage: nn.Module, table: WeightTable, context: ParallelContext, seed: int) -> None:
+    """Fill A with this rank's part of the whole matrix that (seed, name) defines; B stays zero."""
+    for name, parameter in stage.named_parameters():
+        if ".lora_A." not in name:
+            continue
+        row = table.lora_row(name)
+        whole = kaiming_uniform(name, seed, parameter.shape[0], parameter.shape[1] * (context.tp_size if row.axis == 1 else 1))
+        if row.axis == 1:
+            whole = whole.chunk(context.tp_size, dim=1)[context.tp_rank]
+        parameter.copy_(whole)
+
+
+def kaiming_uniform(name: str, seed: int, rows: int, columns: int) -> torch.Tensor:
+    """``[rows, columns]`` float32, uniform in +-1/sqrt(columns), drawn from a generator of its own."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    bound = 1.0 / math.sqrt(columns)
+    return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)

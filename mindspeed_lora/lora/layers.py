@@ -1,0 +1,60 @@
+"""The LoRA layer that peft puts around a parallel linear layer: peft's names and bookkeeping, our arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn.functional import linear
+
+from mindspeed_lora.lora.functions import ColumnLora, RowLora
+from mindspeed_lora.parallel.layers import ColumnParallelLinear, RowParallelLinear, enter_column, leave_row
+
+
+class ParallelLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
+    """``base(x) + scale * B (A x)`` over the tensor-parallel group.
+
+    | base   | A per rank     | B per rank     |
+    |--------|----------------|----------------|
+    | column | [r, in] whole  | [out/t, r] cut |
+    | row    | [r, in/t] cut  | [out, r] whole |
+
+    ``fusion`` takes the functions of :mod:`mindspeed_lora.lora.functions`; without it autograd runs the same formula
+    plainly. peft calls the constructor and passes more keywords than are used here.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, r: int = 0, lora_alpha: float = 1, **_peft: Any) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        if r <= 0:
+            raise ValueError(f"LoRA rank must be positive, got {r}")
+        weight = base_layer.weight
+        assert isinstance(weight, torch.Tensor)
+        self.fusion = False
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha / r
+        self.lora_dropout[adapter_name] = nn.Identity()
+        self.lora_A[adapter_name] = nn.Linear(weight.shape[1], r, bias=False, device=weight.device, dtype=weight.dtype)
+        self.lora_B[adapter_name] = nn.Linear(r, weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+        nn.init.zeros_(self.lora_B[adapter_name].weight)
+        self.set_adapter([adapter_name])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As the base layer's, plus the active adapter's part (none while adapters are disabled)."""
+        base = self.get_base_layer()
+        if self.disable_adapters or not self.active_adapters:
+            return base(x)
+        (name,) = self.active_adapters
+        a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        if isinstance(base, ColumnParallelLinear):
+            if self.fusion:
+                return ColumnLora.apply(x, base.weight, base.bias, a, b, scale, base.context)
+            whole = enter_column(x, base.context)
+            return linear(whole, base.weight, base.bias) + scale * linear(linear(whole, a), b)
+        assert isinstance(base, RowParallelLinear)
+        if self.fusion:
+            return RowLora.apply(x, base.weight, a, b, scale, base.context)
+        return base(x) + scale * linear(leave_row(linear(x, a), base.context), b)

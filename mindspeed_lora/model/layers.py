@@ -1,0 +1,102 @@
+"""One decoder layer: norm, attention, norm, MLP, with Megatron's names."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mindspeed_lora import ops
+from mindspeed_lora.model.decode import DecodeState
+from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from mindspeed_lora.weights.config import ModelConfig
+
+RotaryTables = tuple[torch.Tensor, torch.Tensor]
+
+
+class RMSNorm(nn.Module):
+    """Over the last dim, weight ``[size]``, statistics in fp32."""
+
+    def __init__(self, size: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.epsilon = config.norm_epsilon
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=context.device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, self.weight, self.epsilon)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention over this rank's g/t query groups; ``linear_qkv`` holds them group by group."""
+
+    def __init__(self, config: ModelConfig, layer: int, context: ParallelContext, dtype: torch.dtype, recompute_core: bool) -> None:
+        super().__init__()
+        self.layer, self.recompute_core = layer, recompute_core
+        self.kv_channels = config.kv_channels
+        self.groups = config.num_query_groups // context.tp_size
+        self.heads_per_group = config.num_attention_heads // config.num_query_groups
+        qkv_size = (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels
+        self.linear_qkv = ColumnParallelLinear(config.hidden_size, qkv_size, context, config.qkv_bias, dtype)
+        self.linear_proj = RowParallelLinear(config.num_attention_heads * config.kv_channels, config.hidden_size, context, dtype)
+        if config.qk_layernorm:
+            self.q_layernorm = RMSNorm(config.kv_channels, config, context, dtype)
+            self.k_layernorm = RMSNorm(config.kv_channels, config, context, dtype)
+        self.qk_layernorm = config.qk_layernorm
+
+    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``[s, b, (n/g + 2) g/t d]`` -> query ``[s, b, n/t, d]``, key and value ``[s, b, g/t, d]``."""
+        length, batch = qkv.shape[:2]
+        qkv = qkv.view(length, batch, self.groups, self.heads_per_group + 2, self.kv_channels)
+        query, key, value = qkv.split((self.heads_per_group, 1, 1), dim=3)
+        return query.reshape(length, batch, -1, self.kv_channels), key.squeeze(3), value.squeeze(3)
+
+    def forward(self, hidden: torch.Tensor, rotary: RotaryTables, decode: DecodeState | None) -> torch.Tensor:
+        """hidden ``[s, b, h]`` (SP: ``[s/t, b, h]``) -> the same shape."""
+        query, key, value = self._split(self.linear_qkv(hidden))
+        if self.qk_layernorm:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        query, key = ops.rotate(query, *rotary), ops.rotate(key, *rotary)
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        mask, is_causal = None, True
+        if decode is not None:
+            mask = decode.mask
+            if decode.cache is not None:
+                seen, length = decode.cache.length, query.shape[2]
+                is_causal = seen == 0
+                key, value = decode.cache.append(self.layer, key, value)
+                if mask is None and seen and length > 1:
+                    mask = torch.ones(length, seen + length, dtype=torch.bool, device=query.device).tril(seen)
+        if self.recompute_core and torch.is_grad_enabled():
+            core = checkpoint(ops.attention, query, key, value, mask, is_causal, use_reentrant=False)
+        else:
+            core = ops.attention(query, key, value, mask, is_causal)
+        return self.linear_proj(core.permute(2, 0, 1, 3).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: ``fc2(silu(gate) * up)``; ``linear_fc1`` holds this rank's [gate | up]."""
+
+    def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear_fc1 = ColumnParallelLinear(config.hidden_size, 2 * config.ffn_hidden_size, context, dtype=dtype)
+        self.linear_fc2 = RowParallelLinear(config.ffn_hidden_size, config.hidden_size, context, dtype)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.linear_fc2(ops.swiglu(self.linear_fc1(hidden)))
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm residual block; ``layer`` is its global number."""
+
+    def __init__(self, config: ModelConfig, layer: int, context: ParallelContext, dtype: torch.dtype, recompute_core: bool = False) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config, context, dtype)
+        self.self_attention = SelfAttention(config, layer, context, dtype, recompute_core)
+        self.pre_mlp_layernorm = RMSNorm(config.hidden_size, config, context, dtype)
+        self.mlp = MLP(config, context, dtype)
+
+    def forward(self, hidden: torch.Tensor, rotary: RotaryTables, decode: DecodeState | None = None) -> torch.Tensor:
+        """``[s, b, h]`` (SP: ``[s/t, b, h]``) -> the same."""
+        hidden = hidden + self.self_attention(self.input_layernorm(hidden), rotary, decode)
+        return hidden + self.mlp(self.pre_mlp_layernorm(hidden))

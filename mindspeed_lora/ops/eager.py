@@ -1,0 +1,42 @@
+"""The reference of each kernel in plain torch; every faster one is tested against these."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """``x / sqrt(mean(x^2) + epsilon) * weight`` over the last dim; statistics in fp32, result in x's dtype."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + epsilon)
+    return weight * wide.to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding, half layout: x ``[s, b, heads, d]``, tables ``[s, b or 1, 1, d]``."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat((-second, first), dim=-1) * sine
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """``[..., 2f] = [gate | up] -> silu(gate) * up``."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None, is_causal: bool = True
+) -> torch.Tensor:
+    """Softmax attention with grouped queries.
+
+    Args:
+        query: ``[b, n, s, d]``; key, value: ``[b, g, s_k, d]`` with g dividing n.
+        mask: bool ``[b, 1, s, s_k]``, True = may attend; None: causal (``is_causal``) or everything.
+
+    Returns:
+        ``[b, n, s, d]``.
+    """
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal and mask is None, enable_gqa=query.shape[1] != key.shape[1]
+    )

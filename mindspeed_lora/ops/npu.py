@@ -1,0 +1,38 @@
+"""The same kernels on Ascend, from ``torch_npu``; chosen by :mod:`mindspeed_lora.ops` for tensors on ``npu``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from mindspeed_lora.device import load_torch_npu
+
+_CAUSAL_MASK_SIZE = 2048  # what sparse_mode 2 and 3 want, whatever the length
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return load_torch_npu().npu_rms_norm(x, weight, epsilon=epsilon)[0]
+
+
+def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    return load_torch_npu().npu_rotary_mul(x, cosine, sine)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    return load_torch_npu().npu_swiglu(x, dim=-1)
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None, is_causal: bool = True
+) -> torch.Tensor:
+    """As :func:`mindspeed_lora.ops.eager.attention`; the kernel's mask is True where a key is hidden."""
+    hidden, sparse_mode = None, 0
+    if mask is not None:
+        hidden = ~mask
+    elif is_causal and query.shape[2] > 1:
+        hidden = torch.ones(_CAUSAL_MASK_SIZE, _CAUSAL_MASK_SIZE, dtype=torch.bool, device=query.device).triu(1)
+        sparse_mode = 3
+    return load_torch_npu().npu_fusion_attention(
+        query, key, value, query.shape[1], "BNSD", atten_mask=hidden, scale=1.0 / math.sqrt(query.shape[-1]), sparse_mode=sparse_mode
+    )[0]

@@ -1,0 +1,186 @@
+"""Runs a global batch through the stages: 1F1B, interleaved 1F1B, or plain accumulation on one stage.
+
+The schedules are ``torch.distributed.pipelining``'s, with static metadata: shapes are known before the step, so a step of
+another padded length only builds a new (cheap) stage and schedule object. The last stage returns losses, never logits.
+A batch whose micro-batches no single schedule takes (fewer than stages, a remainder for the interleaved schedule, or
+receive buffers beyond the budget) is split over several calls; gradients accumulate over them exactly.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+
+from mindspeed_lora.device import total_memory_bytes
+from mindspeed_lora.parallel.collectives import receive, send
+from mindspeed_lora.parallel.context import ParallelContext
+
+
+class Stage(Protocol):
+    """What the runner needs of a stage (see :class:`mindspeed_lora.model.stage.GPTStage`)."""
+
+    is_first: bool
+    is_last: bool
+    dtype: torch.dtype
+
+    def hidden_shape(self, batch: int, length: int) -> tuple[int, int, int]: ...
+
+    def __call__(self, x: torch.Tensor, labels: torch.Tensor | None = None, row_weights: torch.Tensor | None = None) -> torch.Tensor: ...
+
+
+def split_micro_batches(num_micro_batches: int, pp_size: int, num_chunks: int, largest: int) -> list[int]:
+    """Sizes of the calls that make up ``num_micro_batches``, each one that the schedule accepts and at most ``largest``.
+
+    The interleaved schedule wants ``n % max(1, n // pp) == 0``; 1F1B takes any n >= pp (fewer go through GPipe's).
+    """
+    sizes = []
+    left = num_micro_batches
+    while left:
+        size = min(left, max(largest, 1))
+        if num_chunks > 1:
+            while size % max(1, size // pp_size):
+                size -= 1
+        sizes.append(size)
+        left -= size
+    return sizes
+
+
+def bubble_fraction(num_micro_batches: int, pp_size: int, num_chunks: int = 1) -> float:
+    """Idle share of a pipeline step: (p - 1) / (m v + p - 1)."""
+    return (pp_size - 1) / (num_micro_batches * num_chunks + pp_size - 1)
+
+
+class PipelineRunner:
+    """Forward and backward over this rank's stages.
+
+    ``buffer_fraction`` of the device's memory bounds the receive buffers of one schedule call.
+    """
+
+    def __init__(self, stages: Sequence[Stage], context: ParallelContext, buffer_fraction: float = 0.05) -> None:
+        self.stages, self.context = list(stages), context
+        self._budget_bytes = buffer_fraction * total_memory_bytes(context.device)
+        self._key: tuple[int, int, int] | None = None
+        self._schedule: Any = None
+
+    def largest_call(self, micro_batch_size: int, length: int) -> int:
+        """Micro-batches whose receive buffers (activation and gradient, of all at once) fit the budget; a multiple of pp."""
+        stage = self.stages[0]
+        shape = stage.hidden_shape(micro_batch_size, length)
+        each = 2 * len(self.stages) * shape[0] * shape[1] * shape[2] * stage.dtype.itemsize
+        pp_size = self.context.pp_size
+        return max(pp_size, int(self._budget_bytes // each) // pp_size * pp_size)
+
+    def forward_backward(self, ids: torch.Tensor, labels: torch.Tensor, row_weights: torch.Tensor, micro_batch_size: int) -> torch.Tensor:
+        """Accumulate gradients of ``sum(row_weights * -log p)`` over the replica's rows.
+
+        Args:
+            ids, labels: int64 ``[m * micro_batch_size, s]`` on the device, on every rank of the replica.
+            row_weights: float32 ``[m * micro_batch_size]``.
+
+        Returns:
+            The sum as a float32 scalar on the last stage, 0 elsewhere.
+        """
+        if self.context.pp_size == 1:
+            return self._accumulate(ids, labels, row_weights, micro_batch_size)
+        total = torch.zeros((), dtype=torch.float32, device=self.context.device)
+        start, length = 0, ids.shape[1]
+        num_micro_batches = ids.shape[0] // micro_batch_size
+        largest = self.largest_call(micro_batch_size, length)
+        for size in split_micro_batches(num_micro_batches, self.context.pp_size, len(self.stages), largest):
+            rows = slice(start, start + size * micro_batch_size)
+            start = rows.stop
+            total += self._step(ids[rows], labels[rows], row_weights[rows], micro_batch_size, size)
+        return total
+
+    def _accumulate(self, ids: torch.Tensor, labels: torch.Tensor, row_weights: torch.Tensor, micro_batch_size: int) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=self.context.device)
+        for start in range(0, ids.shape[0], micro_batch_size):
+            rows = slice(start, start + micro_batch_size)
+            loss = self.stages[0](ids[rows], labels[rows], row_weights[rows]).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def _step(self, ids: torch.Tensor, labels: torch.Tensor, row_weights: torch.Tensor, micro_batch_size: int, size: int) -> torch.Tensor:
+        key = (size, micro_batch_size, ids.shape[1])
+        if key != self._key:
+            self._schedule = None  # free the old receive buffers before making new ones
+            self._schedule, self._key = self._build(*key), key
+        losses: list[torch.Tensor] = []
+        arguments = (ids,) if self.stages[0].is_first else ()
+        keywords: dict[str, Any] = {"labels": labels, "row_weights": row_weights}
+        if self.stages[-1].is_last:
+            keywords |= {"target": row_weights, "losses": losses}
+        if "return_outputs" in inspect.signature(self._schedule.step).parameters:
+            keywords["return_outputs"] = False
+        self._schedule.step(*arguments, **keywords)
+        zero = torch.zeros((), dtype=torch.float32, device=self.context.device)
+        return torch.stack([loss.detach() for loss in losses]).sum() if losses else zero
+
+    def _build(self, size: int, micro_batch_size: int, length: int) -> Any:
+        """Stage and schedule objects for ``size`` micro-batches of ``[micro_batch_size, length]``."""
+        context = self.context
+        num_stages = context.pp_size * len(self.stages)
+        pipeline_stages = []
+        for index, stage in enumerate(self.stages):
+            hidden = torch.empty(stage.hidden_shape(micro_batch_size, length), dtype=stage.dtype, device="meta")
+            ids = torch.empty((micro_batch_size, length), dtype=torch.int64, device="meta")
+            losses = torch.empty((micro_batch_size,), dtype=torch.float32, device="meta")
+            pipeline_stages.append(
+                PipelineStage(
+                    stage,  # type: ignore[arg-type]
+                    stage_index=index * context.pp_size + context.pp_rank,
+                    num_stages=num_stages,
+                    device=context.device,
+                    input_args=ids if stage.is_first else hidden.requires_grad_(),
+                    output_args=losses.requires_grad_() if stage.is_last else hidden.detach().requires_grad_(),
+                    group=context.pp_group,
+                )
+            )
+
+        def loss_of(output: torch.Tensor, _target: torch.Tensor) -> torch.Tensor:
+            return output.sum()
+
+        if len(pipeline_stages) > 1:
+            return ScheduleInterleaved1F1B(pipeline_stages, size, loss_fn=loss_of, scale_grads=False)
+        schedule = Schedule1F1B if size >= context.pp_size else ScheduleGPipe
+        return schedule(pipeline_stages[0], size, loss_fn=loss_of, scale_grads=False)
+
+    @torch.no_grad()
+    def evaluate(self, ids: torch.Tensor, labels: torch.Tensor, row_weights: torch.Tensor, micro_batch_size: int) -> torch.Tensor:
+        """As :meth:`forward_backward` without gradients."""
+        total = torch.zeros((), dtype=torch.float32, device=self.context.device)
+        for start in range(0, ids.shape[0], micro_batch_size):
+            rows = slice(start, start + micro_batch_size)
+            output = forward_through_stages(self.stages, self.context, ids[rows], labels=labels[rows], row_weights=row_weights[rows])
+            total += 0 if output is None else output.sum()
+        return total
+
+
+def forward_through_stages(stages: Sequence[Stage], context: ParallelContext, ids: torch.Tensor, **keywords: Any) -> torch.Tensor | None:
+    """One forward pass of one micro-batch ``[b, s]`` through all stages of the replica, without gradients.
+
+    Every rank of the replica calls it with the same ids; ``keywords`` go to each stage.
+
+    Returns:
+        What the last stage returns, on the last stage's ranks; None elsewhere.
+    """
+    pp_size, pp_rank = context.pp_size, context.pp_rank
+    output: torch.Tensor | None = None
+    for stage in stages:
+        if stage.is_first:
+            x = ids
+        else:
+            x = torch.empty(stage.hidden_shape(ids.shape[0], ids.shape[1]), dtype=stage.dtype, device=context.device)
+            assert context.pp_group is not None
+            receive(x, (pp_rank - 1) % pp_size, context.pp_group)
+        output = stage(x, **keywords)
+        if not stage.is_last:
+            assert context.pp_group is not None
+            send(output, (pp_rank + 1) % pp_size, context.pp_group)
+            output = None
+    return output
