@@ -1,0 +1,97 @@
+"""Gradients in one flat fp32 buffer: accumulated over micro-batches, reduced once a step, measured and clipped.
+
+Order of a step: all micro-batches' backward passes (hooks add into the buffer) -> :meth:`FlatGradients.reduce`
+(TP sum of the partial range, DP sum, tied-embedding sum) -> :meth:`FlatGradients.norm` -> :meth:`FlatGradients.clip`.
+The loss is divided by the global token count before backward, so that every reduction is a plain sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from mindspeed_lora.parallel.collectives import all_reduce, reduce_scatter_dim0
+from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.training.flat import FlatLayout, intersect
+
+_CLIP_EPSILON = 1e-6  # Megatron's and torch's
+
+
+def _accumulate_into(view: torch.Tensor) -> Callable[[nn.Parameter], None]:
+    """A hook that adds a finished gradient into ``view`` (fp32) and frees it."""
+
+    def hook(parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            view.add_(parameter.grad)
+            parameter.grad = None
+
+    return hook
+
+
+class FlatGradients:
+    """The fp32 gradients of one rank's trained parameters.
+
+    ``own`` is what this rank's optimizer reads after :meth:`reduce`: the whole buffer, or with ``sharded`` its 1/dp.
+    """
+
+    def __init__(self, layout: FlatLayout, context: ParallelContext, sharded: bool) -> None:
+        self.layout, self.context, self.sharded = layout, context, sharded and context.dp_size > 1
+        self.buffer = torch.zeros(layout.size, dtype=torch.float32, device=context.device)
+        self.own = torch.zeros(layout.own[1] - layout.own[0], dtype=torch.float32, device=context.device) if self.sharded else self.buffer
+        self._handles = [
+            item.parameter.register_post_accumulate_grad_hook(_accumulate_into(layout.view(self.buffer, item))) for item in layout.parameters
+        ]
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def zero(self) -> None:
+        """Forget the last step's gradients."""
+        self.buffer.zero_()
+
+    def view(self, name: str) -> torch.Tensor:
+        """One parameter's accumulated gradient (before :meth:`reduce`, and after it unless sharded over dp)."""
+        return self.layout.view(self.buffer, next(item for item in self.layout.parameters if item.name == name))
+
+    def reduce(self) -> None:
+        """Sum over TP (partial ones), over DP, and over the two copies of a tied embedding. Collective, once per step.
+
+        The tied sum comes last where the whole buffer is reduced, which keeps both copies equal to the bit.
+        """
+        if not self.buffer.numel():
+            return
+        start, end = self.layout.partial
+        if end > start:
+            all_reduce(self.buffer[start:end], self.context.tp_group)
+        if self.sharded:
+            self._reduce_tied()
+            self.own.copy_(reduce_scatter_dim0(self.buffer, self.context.dp_group))
+        else:
+            all_reduce(self.buffer, self.context.dp_group)
+            self._reduce_tied()
+
+    def _reduce_tied(self) -> None:
+        for item in self.layout.parameters:
+            if item.tied:
+                all_reduce(self.layout.view(self.buffer, item), self.context.embedding_group)
+
+    def norm(self) -> float:
+        """L2 norm over the whole model, every parameter counted once. Collective over the model group."""
+        own_start = self.layout.own[0]
+        total = torch.zeros((), dtype=torch.float32, device=self.buffer.device)
+        for counted in self.layout.counted:
+            start, end = intersect(counted, self.layout.own)
+            if end > start:
+                total += torch.linalg.vector_norm(self.own[start - own_start : end - own_start]).square()
+        if self.sharded:
+            all_reduce(total, self.context.dp_group)
+        return float(all_reduce(total, self.context.model_group).sqrt())
+
+    def clip(self, norm: float, limit: float) -> None:
+        """Scale so that the norm is at most ``limit``; 0 turns clipping off."""
+        if limit > 0 and norm > limit:
+            self.own.mul_(limit / (norm + _CLIP_EPSILON))

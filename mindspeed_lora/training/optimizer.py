@@ -1,0 +1,134 @@
+"""AdamW over flat fp32 masters; with ``--use-distributed-optimizer`` each dp rank owns 1/dp of them (flat ZeRO-1).
+
+Per trained parameter: weight in the model's dtype, fp32 master (the weight itself where that is fp32), two fp32
+moments. Sharded, masters and moments are cut over dp: gradients arrive by reduce-scatter, weights return by
+all-gather. Both ways compute the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from mindspeed_lora.arguments.configs import OptimizerFlags
+from mindspeed_lora.parallel.collectives import all_gather_dim0
+from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.training.flat import FlatLayout, TrainedParameter, intersect
+from mindspeed_lora.training.gradients import FlatGradients
+
+STATE_NAMES = ("master", "exp_avg", "exp_avg_sq")
+_CHUNK = 1 << 24  # elements handled at once: bounds AdamW's temporaries and the transfers of a gathered state
+
+
+class FlatAdamW:
+    """AdamW (decoupled weight decay, none on one-dimensional parameters) on one rank's flat range.
+
+    Args:
+        layout: built with ``sharded`` equal to ``flags.use_distributed_optimizer``.
+        gradients: its ``own`` buffer is read in every :meth:`step`.
+    """
+
+    def __init__(self, layout: FlatLayout, flat: torch.Tensor, gradients: FlatGradients, flags: OptimizerFlags, context: ParallelContext) -> None:
+        self.layout, self.flat, self.context = layout, flat, context
+        self.sharded = gradients.sharded
+        own = flat[layout.own[0] : layout.own[1]]
+        self._aliased = flat.dtype == torch.float32
+        self.state = {
+            "master": own if self._aliased else own.float(),
+            "exp_avg": torch.zeros_like(own, dtype=torch.float32),
+            "exp_avg_sq": torch.zeros_like(own, dtype=torch.float32),
+        }
+        self._adam = self._build(gradients.own, flags)
+
+    def _build(self, gradient: torch.Tensor, flags: OptimizerFlags) -> torch.optim.AdamW:
+        start, end = self.layout.own
+        split = min(max(self.layout.decay_start, start), end)
+        groups, state = [], {}
+        fused = self.flat.device.type == "cuda"
+        for (low, high), decay in (((start, split), 0.0), ((split, end), flags.weight_decay)):
+            chunks = []
+            for position in range(low, high, _CHUNK):
+                part = slice(position - start, min(position + _CHUNK, high) - start)
+                chunk = self.state["master"][part].detach().requires_grad_()
+                chunk.grad = gradient[part]
+                step = torch.zeros((), dtype=torch.float32, device=self.flat.device if fused else "cpu")
+                state[chunk] = {"step": step, "exp_avg": self.state["exp_avg"][part], "exp_avg_sq": self.state["exp_avg_sq"][part]}
+                chunks.append(chunk)
+            if chunks:
+                groups.append({"params": chunks, "weight_decay": decay})
+        if not groups:  # a stage may train nothing
+            groups = [{"params": [torch.zeros(0, device=self.flat.device, requires_grad=True)], "weight_decay": 0.0}]
+        betas = (flags.adam_beta1, flags.adam_beta2)
+        adam = torch.optim.AdamW(groups, lr=flags.lr, betas=betas, eps=flags.adam_eps, foreach=False, fused=fused)
+        adam.state.update(state)
+        return adam
+
+    def step(self, lr: float) -> None:
+        """Update masters with ``gradients.own`` at rate ``lr``, then the weights. Collective over dp where sharded."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        self._adam.step()
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Write the masters into the model's weights (all-gathered over dp where sharded)."""
+        own = self.flat[self.layout.own[0] : self.layout.own[1]]
+        if not self._aliased:
+            own.copy_(self.state["master"])
+        if self.sharded and self.flat.numel():
+            self.flat.copy_(all_gather_dim0(own, self.context.dp_group))
+
+    @property
+    def steps(self) -> int:
+        """Updates done so far (Adam's bias correction)."""
+        return int(next((entry["step"] for entry in self._adam.state.values()), torch.zeros(())))
+
+    def set_steps(self, steps: int) -> None:
+        """Continue at ``steps`` updates."""
+        for entry in self._adam.state.values():
+            entry["step"].fill_(steps)
+
+    def export(self, kind: str) -> Iterator[tuple[TrainedParameter, torch.Tensor]]:
+        """This rank's tp shard of one state (of :data:`STATE_NAMES`) per parameter, fp32 on the CPU, whole over dp.
+
+        Collective over dp where sharded. Yields nothing on dp ranks other than 0.
+        """
+        whole = self._gathered(self.state[kind])
+        if self.context.dp_rank == 0:
+            for item in self.layout.parameters:
+                yield item, self.layout.view(whole, item)
+
+    def _gathered(self, own: torch.Tensor) -> torch.Tensor:
+        if not self.sharded:
+            return own.detach().cpu()
+        whole = torch.empty(self.context.dp_size, own.numel()) if self.context.dp_rank == 0 else None
+        for position in range(0, own.numel(), _CHUNK):
+            part = all_gather_dim0(own[position : position + _CHUNK].detach().unsqueeze(0), self.context.dp_group)
+            if whole is not None:
+                whole[:, position : position + _CHUNK] = part.cpu()
+        return whole.flatten() if whole is not None else own
+
+    @torch.no_grad()
+    def restore(self, kind: str, fetch: Callable[[TrainedParameter], torch.Tensor]) -> None:
+        """Overwrite one state with ``fetch(parameter)`` (this rank's tp shard, whole over dp, any device). Not collective."""
+        start = self.layout.own[0]
+        for item in self.layout.parameters:
+            span = self.layout.ranges[item.name]
+            low, high = intersect(span, self.layout.own)
+            if high > low:
+                values = fetch(item).reshape(-1)[low - span[0] : high - span[0]]
+                self.state[kind][low - start : high - start].copy_(values)
+
+    def refresh_masters(self) -> None:
+        """Take the model's weights as the masters (after weights were loaded over them)."""
+        if not self._aliased:
+            self.state["master"].copy_(self.flat[self.layout.own[0] : self.layout.own[1]])
+
+
+def optimizer_bytes(trained: int, own: int, parameter_bytes: int) -> dict[str, int]:
+    """Bytes per device beside the weights: ``trained`` elements here, ``own`` of them updated here."""
+    masters = 0 if parameter_bytes == 4 else 4 * own
+    shard = 4 * own if own != trained else 0
+    return {"gradients (fp32)": 4 * trained + shard, "masters and moments (fp32)": masters + 8 * own}
