@@ -62,9 +62,11 @@ class DecodeState:
     """One generation step.
 
     ``positions``: int64 ``[b, s]`` of the new tokens. ``mask``: bool ``[b, 1, s, total]``, True = may attend, or None for
-    causal over a batch without padding. ``cache``: None for a pass without memory.
+    causal over a batch without padding. ``cache``: None for a pass without memory. ``wanted``: int64 ``[b, k]``, the positions
+    (of the s new ones) whose logits the last stage computes; None: all.
     """
 
     positions: torch.Tensor
     mask: torch.Tensor | None = None
     cache: KVCache | None = None
+    wanted: torch.Tensor | None = None

@@ -124,7 +124,7 @@ class GPTStage(nn.Module):
 
         Returns:
             Hidden of the shape above; on the last stage float32 ``[b]``, each row's weighted sum of -log p, or without
-            labels the logits of this rank's vocabulary slice ``[b, s, v/t]``.
+            labels the logits of this rank's vocabulary slice ``[b, s, v/t]`` (``[b, k, v/t]`` where ``decode.wanted`` is set).
         """
         if decode is not None:
             positions = decode.positions
@@ -139,6 +139,9 @@ class GPTStage(nn.Module):
             decode.cache.advance(positions.shape[1])
         if not self.is_last:
             return hidden
+        if decode is not None and decode.wanted is not None:
+            index = decode.wanted.transpose(0, 1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+            hidden = hidden.gather(0, index)
         hidden = self.decoder.final_layernorm(hidden)
         if labels is None:
             return self._logits(hidden)

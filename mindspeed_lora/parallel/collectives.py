@@ -83,6 +83,24 @@ def send(tensor: torch.Tensor, group_rank: int, group: dist.ProcessGroup) -> Non
     dist.send(tensor.contiguous(), dst=dist.get_global_rank(group, group_rank), group=group)
 
 
+class PendingSend:
+    """A send that has been started; keeps its tensor alive until :meth:`wait` returns."""
+
+    def __init__(self, tensor: torch.Tensor, work: dist.Work | None) -> None:
+        self._tensor, self._work = tensor, work
+
+    def wait(self) -> None:
+        """Until the tensor has left."""
+        if self._work is not None:
+            self._work.wait()
+
+
+def send_later(tensor: torch.Tensor, group_rank: int, group: dist.ProcessGroup) -> PendingSend:
+    """Start a send to the group's rank ``group_rank`` and return at once."""
+    tensor = tensor.contiguous()
+    return PendingSend(tensor, dist.isend(tensor, dst=dist.get_global_rank(group, group_rank), group=group))
+
+
 def receive(tensor: torch.Tensor, group_rank: int, group: dist.ProcessGroup) -> torch.Tensor:
     """Blocking receive into ``tensor``; returns it."""
     dist.recv(tensor, src=dist.get_global_rank(group, group_rank), group=group)

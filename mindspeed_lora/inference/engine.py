@@ -1,0 +1,119 @@
+"""The parallel model as one object on the driver, and the loop that makes the other ranks follow it.
+
+The driver (tp rank 0, pp rank 0 of a replica) is the only rank with random state, a tokenizer's output, or a user. Each
+call sends a message to the workers, does the driver's own part, and returns the result. A worker needs nothing but
+:func:`serve`. When the driver ends, for whatever reason, :meth:`Engine.stop` releases the workers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from mindspeed_lora.inference.channel import Channels
+from mindspeed_lora.inference.executor import Executor, Scores
+from mindspeed_lora.inference.protocol import Message, Operation, Output, receive_message, send_message
+from mindspeed_lora.model.stage import GPTStage
+from mindspeed_lora.parallel.context import ParallelContext
+
+
+class Engine:
+    """Driver side."""
+
+    def __init__(self, stage: GPTStage, context: ParallelContext, channels: Channels) -> None:
+        self._executor = Executor(stage, context, channels)
+        self._context, self._replica = context, channels.replica
+        self._stopped = False
+        self._cached_rows = 0
+        self.vocab_size: int = stage.config.vocab_size
+        self.device: torch.device = context.device
+
+    @property
+    def cache_length(self) -> int:
+        """Number of positions whose keys and values every stage holds."""
+        return self._executor.cache.length
+
+    def _order(self, message: Message) -> torch.Tensor | Scores | None:
+        send_message(message, self._replica)
+        return self._executor.execute(message)
+
+    def forward(self, ids: torch.Tensor, real: torch.Tensor | None = None, use_cache: bool = False, keep_last: int = 1) -> torch.Tensor:
+        """Logits of the last ``keep_last`` positions.
+
+        Args:
+            ids: int64 ``[b, s]``, behind what the cache holds when ``use_cache``; padded on the left.
+            real: bool ``[b, s]``, False on padding; None when nothing is padded.
+            use_cache: append to the cache (else it is left alone and unread).
+            keep_last: at most s.
+
+        Returns:
+            Float32 ``[b, keep_last, v]`` on the device.
+        """
+        real = None if real is None or bool(real.all()) else real.cpu().bool()
+        self._cached_rows = ids.shape[0] if use_cache else self._cached_rows
+        message = Message(Operation.FORWARD, ids.cpu(), real, use_cache, Output.LOGITS, keep_last)
+        result = self._order(message)
+        result = self._executor.collect(message) if result is None else result
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    def score(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Iterator[Scores]:
+        """Log-probabilities of given tokens at given positions, one :class:`Scores` per batch, in order.
+
+        As many batches as there are pipeline stages are under way at a time, so that no stage idles.
+
+        Args:
+            batches: (ids int64 ``[b, s]`` padded on the *right*, wanted positions ``[b, k]``, targets ``[b, k, c]``).
+        """
+        under_way: deque[Message] = deque()
+        for ids, wanted, targets in batches:
+            message = Message(Operation.FORWARD, ids, output=Output.SCORES, wanted=wanted, targets=targets)
+            result = self._order(message)
+            if isinstance(result, Scores):
+                yield result
+                continue
+            under_way.append(message)
+            if len(under_way) >= self._context.pp_size:
+                yield self._fetch(under_way.popleft())
+        while under_way:
+            yield self._fetch(under_way.popleft())
+
+    def _fetch(self, message: Message) -> Scores:
+        scores = self._executor.collect(message)
+        assert isinstance(scores, Scores)
+        return scores
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Let the cache's batch be its rows ``rows`` (beams); the identity costs nothing."""
+        rows = rows.cpu().long()
+        if not torch.equal(rows, torch.arange(self._cached_rows)):
+            self._cached_rows = len(rows)
+            self._order(Message(Operation.REORDER, rows=rows))
+
+    def crop(self, length: int) -> None:
+        """Forget cached positions from ``length`` on."""
+        if length < self.cache_length:
+            self._order(Message(Operation.CROP, value=length))
+
+    def reset(self) -> None:
+        """Forget the cache."""
+        if self.cache_length:
+            self._order(Message(Operation.RESET))
+
+    def stop(self, exit_code: int = 0) -> None:
+        """Release the workers; they return ``exit_code``."""
+        if not self._stopped:
+            self._stopped = True
+            send_message(Message(Operation.STOP, value=exit_code), self._replica)
+
+
+def serve(stage: GPTStage, context: ParallelContext, channels: Channels) -> int:
+    """Worker side: follow the driver until it stops; returns the exit code it sent."""
+    executor = Executor(stage, context, channels)
+    while True:
+        message = receive_message(channels.replica)
+        if message.operation == Operation.STOP:
+            return message.value
+        executor.execute(message)
