@@ -1,0 +1,229 @@
+"""Global batches for training and evaluation; the same samples in the same order whatever the parallel layout.
+
+The stream of samples: every epoch is ``arange`` over the split, shuffled by one ``RandomState(seed)`` that runs through
+the epochs (the peer's order); epochs follow each other without a gap. Global batch k is samples ``[k G, (k + 1) G)``.
+Inside a batch, micro-batch m of data rank d has the rows ``(m D + d) M .. (m D + d + 1) M`` (G global and M micro batch
+size, D data-parallel size), so every rank's micro-batches together are the whole batch.
+
+Each rank reads its own rows from the memory map, and of the others only lengths and labels: padded length and token
+count need no communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mindspeed_lora.data.sft_dataset import IGNORED, SFTDataset
+from mindspeed_lora.errors import UsageError
+
+_NO_SAMPLE = -1  # stands in sample_ids for a row that only fills up the last evaluation batch
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The rows of this rank in one global batch, and what is known of the whole of it.
+
+    ``labels`` are shifted: labels[:, i] is the target of position i, -100 where none is trained.
+    """
+
+    input_ids: torch.Tensor  # [G / D, s] int64, micro-batch after micro-batch
+    labels: torch.Tensor  # [G / D, s] int64
+    num_trained_tokens: int  # of the global batch
+    micro_batch_trained_tokens: tuple[int, ...]  # of this rank's micro-batches
+    num_real_tokens: int  # of the global batch, without padding
+    sample_ids: tuple[int, ...]  # of the global batch: numbers in the dataset, -1 for rows that only fill up
+    skipped_samples: int  # of the global batch: samples without a trained token
+    cut_samples: int  # of the global batch: samples longer than seq_length, cut at the right
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How many rows a rank takes, and how far they are padded.
+
+    ``pad_multiple``: the padded length is rounded up to it (lcm of --pad-to-multiple-of and TP), unless padded to ``seq_length``.
+    """
+
+    micro_batch_size: int
+    global_batch_size: int
+    dp_rank: int
+    dp_size: int
+    seq_length: int
+    pad_to_seq_length: bool
+    pad_multiple: int
+    pad_token_id: int
+
+    def __post_init__(self) -> None:
+        rows = self.micro_batch_size * self.dp_size
+        if self.global_batch_size <= 0 or self.global_batch_size % rows:
+            raise UsageError(
+                f"--global-batch-size {self.global_batch_size} is no multiple of --micro-batch-size {self.micro_batch_size} "
+                f"x data parallel size {self.dp_size} = {rows}; use {max(self.global_batch_size // rows, 1) * rows}"
+            )
+
+    def padded_length(self, longest: int) -> int:
+        """Columns of a batch whose longest sample has ``longest`` tokens."""
+        if self.pad_to_seq_length:
+            return self.seq_length
+        return -(-min(longest, self.seq_length) // self.pad_multiple) * self.pad_multiple
+
+    def rows(self) -> npt.NDArray[np.int64]:
+        """Row numbers in the global batch that belong to this rank."""
+        shape = (-1, self.dp_size, self.micro_batch_size)
+        return np.arange(self.global_batch_size).reshape(shape)[:, self.dp_rank].reshape(-1)
+
+
+class StepBatches:
+    """Endless training batches, from sample number ``start_sample`` of the stream on (a multiple of the global batch size or not).
+
+    ``prefetch``: a thread prepares the next batch meanwhile. ``num_skipped_samples`` and ``num_cut_samples`` count over
+    the batches handed out.
+    """
+
+    def __init__(
+        self,
+        dataset: SFTDataset,
+        indices: Sequence[int],
+        seed: int,
+        shuffle: bool,
+        micro_batch_size: int,
+        global_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        seq_length: int,
+        pad_to_seq_length: bool,
+        pad_multiple: int,
+        pad_token_id: int,
+        start_sample: int = 0,
+        prefetch: bool = True,
+    ) -> None:
+        if not len(indices):
+            raise UsageError("--split leaves no sample for training; use --split 100,0,0 or give more data")
+        self.dataset = dataset
+        self.order = SampleOrder(indices, seed, shuffle)
+        self.shape = BatchShape(
+            micro_batch_size, global_batch_size, dp_rank, dp_size, seq_length, pad_to_seq_length, pad_multiple, pad_token_id
+        )
+        self.next_sample = start_sample
+        self.prefetch = prefetch
+        self.num_skipped_samples = 0
+        self.num_cut_samples = 0
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        if not self.prefetch:
+            while True:
+                yield self._hand_out(self._make(self.next_sample))
+        with ThreadPoolExecutor(1, "batches") as pool:
+            pending = pool.submit(self._make, self.next_sample)
+            while True:
+                batch = pending.result()
+                pending = pool.submit(self._make, self.next_sample + self.shape.global_batch_size)
+                yield self._hand_out(batch)
+
+    def _make(self, start: int) -> StepBatch:
+        return make_batch(self.dataset, self.order.slice(start, self.shape.global_batch_size), self.shape)
+
+    def _hand_out(self, batch: StepBatch) -> StepBatch:
+        self.next_sample += self.shape.global_batch_size
+        self.num_skipped_samples += batch.skipped_samples
+        self.num_cut_samples += batch.cut_samples
+        return batch
+
+
+class EvalBatches:
+    """Every sample of ``indices`` once, in order, in global batches; rows that fill up the last one are ignored (labels -100).
+
+    ``max_batches``: stop after so many. Iterating again starts from the beginning.
+    """
+
+    def __init__(self, dataset: SFTDataset, indices: Sequence[int], shape: BatchShape, max_batches: int | None = None) -> None:
+        self.dataset = dataset
+        self.indices = np.asarray(indices, np.int64)
+        self.shape = shape
+        batches = -(-len(self.indices) // shape.global_batch_size)
+        self.num_batches = batches if max_batches is None else min(batches, max_batches)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        size = self.shape.global_batch_size
+        for number in range(self.num_batches):
+            samples = np.full(size, _NO_SAMPLE, np.int64)
+            piece = self.indices[number * size : (number + 1) * size]
+            samples[: len(piece)] = piece
+            yield make_batch(self.dataset, samples, self.shape)
+
+
+class SampleOrder:
+    """The endless stream of sample numbers; only the epochs in use are held."""
+
+    def __init__(self, indices: Sequence[int], seed: int, shuffle: bool) -> None:
+        self.indices = np.asarray(indices, np.int64)
+        self.shuffle = shuffle
+        self.seed = seed
+        self._restart()
+
+    def _restart(self) -> None:
+        self._random = np.random.RandomState(self.seed)
+        self._epoch = -1
+        self._order = self.indices
+
+    def epoch(self, number: int) -> npt.NDArray[np.int64]:
+        """Sample numbers of epoch ``number`` (from 0), in order."""
+        if not self.shuffle:
+            return self.indices
+        if number < self._epoch:
+            self._restart()
+        while self._epoch < number:
+            self._order = self.indices.copy()
+            self._random.shuffle(self._order)
+            self._epoch += 1
+        return self._order
+
+    def slice(self, start: int, count: int) -> npt.NDArray[np.int64]:
+        """``count`` sample numbers from position ``start`` of the stream."""
+        pieces = []
+        while count:
+            epoch, offset = divmod(start, len(self.indices))
+            piece = self.epoch(epoch)[offset : offset + count]
+            pieces.append(piece)
+            start += len(piece)
+            count -= len(piece)
+        return np.concatenate(pieces)
+
+
+def make_batch(dataset: SFTDataset, samples: npt.NDArray[np.int64], shape: BatchShape) -> StepBatch:
+    """The rows of this rank in the global batch ``samples`` [G] (-1: a row to be ignored)."""
+    real = samples >= 0
+    full_lengths = np.where(real, dataset.lengths[samples], 0)
+    lengths = np.minimum(full_lengths, shape.seq_length)
+    trained = np.array([_num_trained(dataset, sample, length) for sample, length in zip(samples, lengths, strict=True)], np.int64)
+    rows = shape.rows()
+    columns = shape.padded_length(max(int(lengths.max()), 1))
+    input_ids = np.full((len(rows), columns), shape.pad_token_id, np.int64)
+    labels = np.full((len(rows), columns), IGNORED, np.int64)
+    for row, number in enumerate(rows):
+        sample, length = int(samples[number]), int(lengths[number])
+        if sample >= 0:
+            input_ids[row, :length] = dataset.input_ids[sample][:length]
+            labels[row, : max(length - 1, 0)] = dataset.labels[sample][1:length]
+    return StepBatch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        num_trained_tokens=int(trained.sum()),
+        micro_batch_trained_tokens=tuple(int(count) for count in trained[rows].reshape(-1, shape.micro_batch_size).sum(1)),
+        num_real_tokens=int(lengths.sum()),
+        sample_ids=tuple(int(sample) for sample in samples),
+        skipped_samples=int((real & (trained == 0)).sum()),
+        cut_samples=int((full_lengths > shape.seq_length).sum()),
+    )
+
+
+def _num_trained(dataset: SFTDataset, sample: int, length: int) -> int:
+    return int(np.count_nonzero(dataset.labels[sample][1:length] != IGNORED)) if sample >= 0 else 0

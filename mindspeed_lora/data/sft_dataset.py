@@ -1,0 +1,166 @@
+"""Tokenised instruction data as a list of samples, checked against the tokenizer and template it is used with."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from mindspeed_lora.arguments.configs import TemplateFlags
+from mindspeed_lora.data.indexed_dataset import IndexedDataset, bin_path, idx_path
+from mindspeed_lora.data.templates import load_template
+from mindspeed_lora.data.tokenizer import tokenizer_fingerprint
+from mindspeed_lora.errors import DataError, UsageError
+from mindspeed_lora.manifest import Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KEYS = ("input_ids", "labels", "attention_mask")
+IGNORED = -100  # the label of a position that is not trained
+_LONG_FORM = re.compile(r"_packed(_(input_ids|labels|attention_mask)(_document(\.bin|\.idx)?)?)?_?$")
+_SCAN_TOKENS = 1 << 24
+
+
+def key_stem(prefix: Path, key: str) -> Path:
+    """Path without extension of one key's file pair."""
+    return prefix.with_name(f"{prefix.name}_packed_{key}_document")
+
+
+def manifest_name(prefix: Path) -> str:
+    """Name of the manifest, which lies beside the data."""
+    return f"{prefix.name}_mindspeed_lora.json"
+
+
+def data_prefix(data_path: str | Path) -> Path:
+    """The ``--output-prefix`` value that ``data_path`` belongs to: itself, or a longer form down to a file name."""
+    path = Path(data_path)
+    name = _LONG_FORM.sub("", path.name) if not _has_pair(path) else path.name
+    return path.with_name(name) if name else path
+
+
+def _has_pair(prefix: Path) -> bool:
+    return bool(prefix.name) and idx_path(key_stem(prefix, "input_ids")).exists()
+
+
+class SFTDataset:
+    """Samples in the order of the records; ``[i]`` gives (input_ids, labels), int64 ``[length]``, labels not shifted.
+
+    ``lengths`` int32 ``[len(self)]``: tokens of each sample. ``manifest``: of the data, None for data of other programs.
+    """
+
+    def __init__(self, prefix: Path, input_ids: IndexedDataset, labels: IndexedDataset, manifest: Manifest | None) -> None:
+        self.prefix = prefix
+        self.input_ids = input_ids
+        self.labels = labels
+        self.manifest = manifest
+        self.lengths = input_ids.lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        return self.input_ids[index].astype(np.int64), self.labels[index].astype(np.int64)
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Read all ids once and compare them with the vocabulary.
+
+        Raises:
+            DataError: an id is negative or not below ``vocab_size``.
+        """
+        for key, dataset, lowest in (("input_ids", self.input_ids, 0), ("labels", self.labels, IGNORED)):
+            ids = dataset.ids
+            for start in range(0, len(ids), _SCAN_TOKENS):
+                piece = ids[start : start + _SCAN_TOKENS]
+                wrong = np.flatnonzero((piece >= vocab_size) | ((piece < 0) & (piece != lowest)))
+                if len(wrong):
+                    position = start + int(wrong[0])
+                    sample = int(np.searchsorted(np.cumsum(self.lengths, dtype=np.int64), position, "right"))
+                    raise DataError(
+                        f"{bin_path(dataset.stem)}: sample {sample} has the {key} value {int(ids[position])}, but the model's "
+                        f"vocabulary has {vocab_size} tokens; preprocess the data with this model's tokenizer"
+                    )
+
+
+def open_sft_dataset(data_path: str | Path) -> SFTDataset:
+    """Open ``<prefix>_packed_{input_ids,labels,attention_mask}_document``, memory-mapped.
+
+    Raises:
+        DataError: a file is missing or damaged, or the files do not belong together.
+        CheckpointError: the manifest beside the data is not readable.
+    """
+    if not str(data_path).strip():
+        raise UsageError("--data-path is missing; give the value that --output-prefix had in preprocess_data.py")
+    prefix = data_prefix(data_path)
+    if not _has_pair(prefix):
+        raise DataError(
+            f"--data-path {data_path}: {idx_path(key_stem(prefix, 'input_ids'))} does not exist; "
+            "give the value that --output-prefix had in preprocess_data.py, or a longer form of it"
+        )
+    parts = {key: IndexedDataset(key_stem(prefix, key)) for key in KEYS}
+    ids = parts["input_ids"]
+    for part in parts.values():
+        if not np.array_equal(part.lengths, ids.lengths):
+            raise DataError(
+                f"{idx_path(part.stem)}: {len(part)} sequences, {part.num_tokens} tokens, unlike those of input_ids "
+                f"({len(ids)}, {ids.num_tokens}); the files are of different runs, preprocess again"
+            )
+    if not len(ids):
+        raise DataError(f"{idx_path(ids.stem)}: the dataset is empty; see the report of preprocess_data.py for what was dropped")
+    return SFTDataset(prefix, ids, parts["labels"], read_manifest(prefix.parent, manifest_name(prefix)))
+
+
+def check_data_manifest(manifest: Manifest | None, tokenizer: PreTrainedTokenizerBase, flags: TemplateFlags) -> None:
+    """Compare what the data was made with and what this run uses; nothing to compare where there is no manifest.
+
+    Raises:
+        UsageError: another tokenizer, prompt type (by content, not by name) or thinking mode.
+    """
+    if manifest is None:
+        return
+    made_with = manifest.tokenizer or {}
+    found = tokenizer_fingerprint(tokenizer)
+    if made_with.get("fingerprint", found) != found:
+        raise UsageError(
+            f"the data was made with the tokenizer {made_with.get('path')} (fingerprint {made_with['fingerprint'][:12]}), "
+            f"but this run uses {tokenizer.name_or_path} ({found[:12]}); pass the same --tokenizer-name-or-path, or preprocess again"
+        )
+    template = manifest.template or {}
+    if flags.prompt_type is not None and "fingerprint" in template:
+        fingerprint = load_template(flags.prompt_type, flags.prompt_type_path).fingerprint()
+        if fingerprint != template["fingerprint"]:
+            raise UsageError(
+                f"--prompt-type {flags.prompt_type} is not what the data was made with: {template.get('name')} (content differs); "
+                "leave the flag out, or preprocess again"
+            )
+    mode = template.get("enable_thinking")
+    if flags.enable_thinking is not None and mode is not None and flags.enable_thinking != mode:
+        raise UsageError(
+            f"--enable-thinking {flags.enable_thinking}, but the data was made with --enable-thinking {mode}; "
+            "leave the flag out, or preprocess again"
+        )
+
+
+def split_ranges(num_samples: int, shares: tuple[float, float, float]) -> tuple[range, range, range]:
+    """Consecutive ranges of sample numbers for training, validation and test; shares of any scale, rounded as Megatron does.
+
+    Raises:
+        UsageError: a negative share, all zero, or a training range without a sample (an empty validation range is fine).
+    """
+    text = ",".join(f"{share:g}" for share in shares)
+    total = float(sum(shares))
+    if len(shares) != 3 or min(shares) < 0 or total <= 0:
+        raise UsageError(f"--split {text}: give three shares that are not negative, for training, validation and test, such as 969,30,1")
+    ends = [0]
+    for share in shares:
+        ends.append(ends[-1] + round(share / total * num_samples))
+    surplus = ends[-1] - num_samples
+    ends = [0, *(min(max(end - surplus, 0), num_samples) for end in ends[1:])]
+    train, valid, test = (range(start, end) for start, end in itertools.pairwise(ends))
+    if not train:
+        raise UsageError(f"--split {text} leaves none of the {num_samples} samples for training; use --split 100,0,0 or give more data")
+    return train, valid, test
