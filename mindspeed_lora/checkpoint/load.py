@@ -11,7 +11,7 @@ from torch import nn
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.weights.sources import AdapterCheckpoint, BaseCheckpoint
-from mindspeed_lora.weights.table import Row, WeightTable
+from mindspeed_lora.weights.table import WeightTable
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,6 @@ class LoadReport:
     base: int = 0
     adapter: int = 0
     missing: int = 0
-
-
-def _pad_vocabulary(row: Row, parts: list[torch.Tensor], table: WeightTable) -> list[torch.Tensor]:
-    """Repeat the last row up to the padded vocabulary, as the peer's converter does."""
-    if row.place == "layer" or parts[0].dim() != 2:
-        return parts
-    missing = table.config.padded_vocab_size - parts[0].shape[0]
-    return [torch.cat((part, part[-1:].expand(missing, -1))) if missing > 0 else part for part in parts]
 
 
 def _copy(parameter: nn.Parameter, value: torch.Tensor, name: str, source: object) -> None:
@@ -51,8 +43,7 @@ def load_base(stages: Sequence[nn.Module], base: BaseCheckpoint, table: WeightTa
             if ".lora_" in name:
                 continue
             row, layer = table.parse(name.replace(".base_layer", ""))
-            parts = _pad_vocabulary(row, base.parts(row, layer), table)
-            _copy(parameter, table.shard(row, parts, context.tp_rank, context.tp_size), name, base.path)
+            _copy(parameter, table.shard(row, base.parts(row, layer), context.tp_rank, context.tp_size), name, base.path)
             count += 1
     return LoadReport(base=count)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ class ParallelLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, r: int = 0, lora_alpha: float = 1, **_peft: Any) -> None:
         super().__init__()
-        LoraLayer.__init__(self, base_layer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Unsupported layer type")  # peft reads in_features and out_features all the same
+            LoraLayer.__init__(self, base_layer)
         if r <= 0:
             raise ValueError(f"LoRA rank must be positive, got {r}")
         weight = base_layer.weight

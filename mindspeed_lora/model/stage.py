@@ -21,8 +21,7 @@ from mindspeed_lora.parallel.collectives import all_gather_dim0
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.cross_entropy import linear_cross_entropy
 from mindspeed_lora.parallel.layers import ColumnParallelLinear, VocabParallelEmbedding, enter_column
-from mindspeed_lora.weights.config import ModelConfig
-from mindspeed_lora.weights.table import stage_layers
+from mindspeed_lora.weights.config import ModelConfig, stage_layers
 
 IGNORED_LABEL = -100
 

@@ -1,0 +1,138 @@
+"""Fused and plain LoRA layers against one float64 linear layer: values, all gradients, and the number of collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mindspeed_lora.parallel import collectives
+from mindspeed_lora.parallel.context import ParallelContext, build_context
+
+SEQUENCE, BATCH, HIDDEN, FFN, RANK = 8, 2, 12, 16, 3
+SCALE = 2.0
+
+
+def _tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "x": (SEQUENCE, BATCH, HIDDEN),
+        "w1": (FFN, HIDDEN),
+        "a1": (RANK, HIDDEN),
+        "b1": (FFN, RANK),
+        "w2": (HIDDEN, FFN),
+        "a2": (RANK, FFN),
+        "b2": (HIDDEN, RANK),
+        "dy": (SEQUENCE, BATCH, HIDDEN),
+    }
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def _reference() -> dict[str, torch.Tensor]:
+    t = {name: value.requires_grad_(name in ("x", "a1", "b1", "a2", "b2")) for name, value in _tensors().items()}
+    hidden = torch.tanh(t["x"] @ (t["w1"] + SCALE * t["b1"] @ t["a1"]).t())
+    y = hidden @ (t["w2"] + SCALE * t["b2"] @ t["a2"]).t()
+    y.backward(t["dy"])
+    return {"y": y.detach(), **{name: t[name].grad for name in ("x", "a1", "b1", "a2", "b2")}}
+
+
+def _pair(context: ParallelContext, fusion: bool) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A column and a row layer with LoRA, holding this rank's part of the tensors."""
+    from mindspeed_lora.lora.layers import ParallelLoraLinear
+    from mindspeed_lora.parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    t, size, rank = _tensors(), context.tp_size, context.tp_rank
+    column = ColumnParallelLinear(HIDDEN, FFN, context, dtype=torch.float64)
+    row = RowParallelLinear(FFN, HIDDEN, context, dtype=torch.float64)
+    layers = []
+    for base, (w, a, b), (w_dim, a_dim, b_dim) in ((column, ("w1", "a1", "b1"), (0, None, 0)), (row, ("w2", "a2", "b2"), (1, 1, None))):
+        layer = ParallelLoraLinear(base, "default", r=RANK, lora_alpha=SCALE * RANK)
+        layer.fusion = fusion
+        base.weight.requires_grad_(False)
+        targets = ((base.weight, w, w_dim), (layer.lora_A["default"].weight, a, a_dim), (layer.lora_B["default"].weight, b, b_dim))
+        for parameter, name, dim in targets:
+            parameter.data.copy_(t[name] if dim is None else t[name].chunk(size, dim)[rank])
+        layers.append(layer)
+    return layers[0], layers[1]
+
+
+def _run_pair(tp_size: int, sequence_parallel: bool, fusion: bool) -> dict[str, Any]:
+    context = build_context(torch.device("cpu"), tp_size, 1, sequence_parallel)
+    t = _tensors()
+    local = (lambda value: value.chunk(tp_size, 0)[context.tp_rank]) if context.sequence_parallel else (lambda value: value)
+    column, row = _pair(context, fusion)
+    x = local(t["x"]).clone().requires_grad_()
+    with counted() as calls:
+        y = row(torch.tanh(column(x)))
+        y.backward(local(t["dy"]))
+    grads = {name: layer.get_parameter(f"{part}.default.weight").grad for layer, name, part in (
+        (column, "a1", "lora_A"), (column, "b1", "lora_B"), (row, "a2", "lora_A"), (row, "b2", "lora_B"))}
+    collectives.all_reduce(grads["a1"], context.tp_group)  # grad_sum "always"
+    if context.sequence_parallel:
+        collectives.all_reduce(grads["b2"], context.tp_group)  # grad_sum "sp"
+    return {"y": y.detach(), "x": x.grad, **grads, "calls": calls}
+
+
+class counted:
+    """Records (kind, bytes sent) of every collective that the functions and layers start."""
+
+    def __enter__(self) -> list[tuple[str, int]]:
+        import mindspeed_lora.lora.functions as functions
+
+        self.calls: list[tuple[str, int]] = []
+        self.saved: list[tuple[Any, str, Callable[..., Any]]] = []
+        for module in (collectives, functions):
+            for name in ("all_reduce", "all_gather_dim0", "reduce_scatter_dim0"):
+                original = getattr(module, name)
+                self.saved.append((module, name, original))
+                setattr(module, name, self._wrap(name, original))
+        return self.calls
+
+    def _wrap(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(tensor: torch.Tensor, group: Any, *rest: Any) -> torch.Tensor:
+            if group is not None:
+                self.calls.append((name, tensor.numel() * tensor.element_size()))
+            return original(tensor, group, *rest)
+
+        return wrapped
+
+    def __exit__(self, *_exc: object) -> None:
+        for module, name, original in reversed(self.saved):
+            setattr(module, name, original)
+
+
+def _assemble(results: list[dict[str, Any]], sequence_parallel: bool) -> dict[str, torch.Tensor]:
+    """Whole tensors from the ranks' parts."""
+    whole = {}
+    for name, dim in (("y", 0 if sequence_parallel else None), ("x", 0 if sequence_parallel else None), ("a1", None), ("b1", 0), ("a2", 1), ("b2", None)):
+        parts = [result[name] for result in results]
+        if dim is None:
+            assert all(torch.equal(part, parts[0]) for part in parts), f"{name} differs between tp ranks"
+            whole[name] = parts[0]
+        else:
+            whole[name] = torch.cat(parts, dim)
+    return whole
+
+
+@pytest.mark.parametrize("fusion", [False, True])
+@pytest.mark.parametrize(("tp_size", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, True)])
+def test_pair_equals_one_linear(pool: Any, tp_size: int, sequence_parallel: bool, fusion: bool) -> None:
+    results = pool.run(_run_pair, tp_size, tp_size, sequence_parallel, fusion)
+    got = _assemble(results, sequence_parallel)
+    for name, expected in _reference().items():
+        torch.testing.assert_close(got[name], expected, rtol=1e-11, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_fused_pair_makes_the_frozen_pairs_collectives(pool: Any) -> None:
+    """SP: all-gather + reduce-scatter each way; beyond the frozen pair only the r-wide parts of the two reduce-scatters."""
+    calls = pool.run(_run_pair, 2, 2, True, True)[0]["calls"]
+    tokens, width = SEQUENCE * BATCH, 8
+    local = tokens // 2
+    assert calls == [
+        ("all_gather_dim0", local * HIDDEN * width),
+        ("reduce_scatter_dim0", tokens * (HIDDEN + RANK) * width),
+        ("all_gather_dim0", local * HIDDEN * width),
+        ("reduce_scatter_dim0", tokens * (HIDDEN + RANK) * width),
+    ]

@@ -1,0 +1,63 @@
+"""The NPU code path without an NPU: the published torch_npu wheel on stub CANN libraries (``../shared/npu_stub``)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+
+STUB = Path(os.environ.get("MINDSPEED_LORA_TEST_NPU_STUB", ROOT.parent / "shared" / "npu_stub"))
+# Resolved at run time when a device is made current, and not in the stub's own list.
+MORE_FUNCTIONS = ("aclrtSetOpExecuteTimeOut", "aclrtDestroyStreamForce")
+VERSION = torch.__version__.split("+")[0]
+
+
+def _site_with_torch_npu(folder: Path) -> Path:
+    """A folder that holds torch_npu and a link to this environment's torch; skips where the wheel cannot be had."""
+    folder.mkdir()
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), f"torch_npu=={VERSION}"]
+    if subprocess.run(command, capture_output=True, timeout=300).returncode != 0:
+        pytest.skip(f"torch_npu=={VERSION} cannot be installed here")
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    (folder / "torch").symlink_to(Path(spec.origin).parent)
+    return folder
+
+
+def _build_more_functions(libraries: Path) -> None:
+    source = libraries / "more.c"
+    source.write_text("".join(f"long {name}(){{return 0;}}\n" for name in MORE_FUNCTIONS))
+    subprocess.run(["gcc", "-w", "-shared", "-fPIC", "-o", str(libraries / "libmore.so"), str(source)], check=True)
+
+
+def test_decoder_layer_on_fake_npu_tensors(tmp_path: Path) -> None:
+    if not (STUB / "build.sh").is_file():
+        pytest.skip(f"{STUB} is absent (set MINDSPEED_LORA_TEST_NPU_STUB)")
+    if sys.platform != "linux" or shutil.which("gcc") is None or shutil.which("nm") is None:
+        pytest.skip("the stub needs Linux, gcc and nm")
+    if importlib.metadata.version("torch").split("+")[0] != VERSION:
+        pytest.skip("torch's version is ambiguous")
+    site, libraries = _site_with_torch_npu(tmp_path / "site"), tmp_path / "stub"
+    built = subprocess.run(["bash", str(STUB / "build.sh"), str(site), str(libraries)], capture_output=True, text=True, timeout=300)
+    if built.returncode != 0:
+        pytest.skip(f"the stub cannot be built: {built.stderr[-300:]}")
+    _build_more_functions(libraries)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{site}:{ROOT}",
+        "LD_LIBRARY_PATH": str(libraries),
+        "LD_PRELOAD": f"{libraries / 'libascendcl.so'} {libraries / 'libmore.so'}",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
+    }
+    result = subprocess.run([sys.executable, str(ROOT / "tests" / "npu_layer.py")], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "backend cpu:gloo,npu:hccl" in result.stdout
+    assert "8 LoRA gradients" in result.stdout
