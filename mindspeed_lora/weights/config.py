@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from mindspeed_lora.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -33,3 +35,49 @@ class ModelConfig:
     tied_embeddings: bool = False  # tie_word_embeddings
     max_position_embeddings: int | None = None
     dtype: str = "bfloat16"  # of the source's weights: "float32", "bfloat16", "float16"
+
+    def with_padded_vocabulary(self, divisor: int, tensor_parallel_size: int) -> ModelConfig:
+        """The same model with ``padded_vocab_size`` the next multiple of ``divisor * tensor_parallel_size``.
+
+        Raises:
+            UsageError: the divisor is not positive.
+        """
+        if divisor < 1:
+            raise UsageError(f"--make-vocab-size-divisible-by {divisor} must be at least 1")
+        multiple = divisor * tensor_parallel_size
+        return replace(self, padded_vocab_size=-(-self.vocab_size // multiple) * multiple)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint's tensors are cut over files. ``layers_per_virtual_stage`` None: one model chunk per stage."""
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    layers_per_virtual_stage: int | None = None
+
+
+def stage_layers(num_layers: int, pipeline_parallel_size: int, layers_per_virtual_stage: int | None = None) -> list[list[range]]:
+    """Global layer numbers as ``[stage][chunk] -> range``; chunk v of stage p follows chunk v of stage p - 1.
+
+    Raises:
+        UsageError: the layers do not divide evenly.
+    """
+    if pipeline_parallel_size < 1 or num_layers % pipeline_parallel_size:
+        divisors = [size for size in range(1, num_layers + 1) if num_layers % size == 0]
+        raise UsageError(
+            f"pipeline parallel size {pipeline_parallel_size} does not divide the model's {num_layers} layers; use one of {divisors}"
+        )
+    per_stage = num_layers // pipeline_parallel_size
+    per_chunk = layers_per_virtual_stage or per_stage
+    if per_chunk < 1 or per_stage % per_chunk:
+        raise UsageError(
+            f"--num-layers-per-virtual-pipeline-stage {per_chunk} does not divide the {per_stage} layers of a stage "
+            f"({num_layers} layers / pipeline parallel size {pipeline_parallel_size})"
+        )
+    if layers_per_virtual_stage and pipeline_parallel_size == 1 and per_chunk != per_stage:
+        raise UsageError(f"--num-layers-per-virtual-pipeline-stage {per_chunk} needs a pipeline parallel size of at least 2")
+    return [
+        [range(start, start + per_chunk) for start in range(stage * per_chunk, num_layers, pipeline_parallel_size * per_chunk)]
+        for stage in range(pipeline_parallel_size)
+    ]

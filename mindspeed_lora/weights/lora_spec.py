@@ -15,4 +15,5 @@ class LoraSpec:
 
     @property
     def scale(self) -> float:
+        """Factor of the adapter's contribution."""
         return self.alpha / self.r

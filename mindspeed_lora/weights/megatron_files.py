@@ -1,0 +1,187 @@
+"""Names, ``args`` and writing of Megatron V1 checkpoint files (formats.md 1.1, 1.2; Megatron core 0.12.1 checks)."""
+
+from __future__ import annotations
+
+import argparse
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mindspeed_lora.files import atomic_file, write_text
+from mindspeed_lora.weights.config import Layout, ModelConfig
+from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.table import Row, WeightTable
+
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
+RANK_FILE_NAME = "model_optim_rng.pt"
+CHECKPOINT_VERSION = 3.0
+
+
+def iteration_directory_name(iteration: int) -> str:
+    """``iter_0000001``."""
+    return f"iter_{iteration:07d}"
+
+
+def rank_directory_name(tp_rank: int, pp_rank: int, pp_size: int) -> str:
+    """``mp_rank_00``, or ``mp_rank_00_000`` where there is more than one stage."""
+    return f"mp_rank_{tp_rank:02d}" if pp_size == 1 else f"mp_rank_{tp_rank:02d}_{pp_rank:03d}"
+
+
+def model_keys(num_chunks: int) -> list[str]:
+    """Top-level keys of the model chunks of one stage."""
+    return ["model"] if num_chunks == 1 else [f"model{chunk}" for chunk in range(num_chunks)]
+
+
+def write_tracker(folder: Path, iteration: int) -> None:
+    """Name the complete iteration; the last thing a save writes."""
+    write_text(Path(folder) / TRACKER_NAME, str(iteration))
+
+
+def chunk_rows(table: WeightTable, layout: Layout, stage: int, chunk: int) -> Iterator[tuple[str, Row, int | None]]:
+    """(name inside the file, row, global layer) of every tensor of one model chunk, in the peer's order.
+
+    The copy of a tied embedding is there only where the last stage is not the first one.
+    """
+    stages = table.check_pipeline(layout.pipeline_parallel_size, layout.layers_per_virtual_stage)
+    first = stage == 0 and chunk == 0
+    last = stage == len(stages) - 1 and chunk == len(stages[stage]) - 1
+    if first:
+        yield from ((row.megatron, row, None) for row in table.rows if row.place == "embedding")
+    for local, layer in enumerate(stages[stage][chunk]):
+        yield from ((row.name(local), row, layer) for row in table.rows if row.place == "layer")
+    if last:
+        alone = len(stages) * len(stages[0]) == 1 or layout.pipeline_parallel_size == 1
+        yield from ((row.megatron, row, None) for row in table.rows if row.place == "head" and not (row.alias_of and alone))
+
+
+def extra_state_name(name: str, row: Row, following: str | None) -> str | None:
+    """``<linear>._extra_state`` after the last tensor of a linear, as the peer stores it (value None)."""
+    prefix = name.rpartition(".")[0]
+    if not row.linear or (following is not None and following.rpartition(".")[0] == prefix):
+        return None
+    return f"{prefix}._extra_state"
+
+
+def megatron_args(
+    config: ModelConfig, layout: Layout, dtype: torch.dtype, lora: LoraSpec | None = None, iteration: int = 1
+) -> argparse.Namespace:
+    """The ``args`` that Megatron's ``check_checkpoint_args`` and ``--use-checkpoint-args`` read: plain values only."""
+    stages = layout.pipeline_parallel_size
+    chunks = config.num_layers // stages // (layout.layers_per_virtual_stage or config.num_layers // stages)
+    shape = dict(
+        num_layers=config.num_layers,
+        encoder_num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        group_query_attention=config.num_query_groups != config.num_attention_heads,
+        kv_channels=config.kv_channels,
+        vocab_size=config.vocab_size,
+        padded_vocab_size=config.padded_vocab_size,
+        make_vocab_size_divisible_by=1,
+        max_position_embeddings=config.max_position_embeddings,
+        seq_length=config.max_position_embeddings,
+        norm_epsilon=config.norm_epsilon,
+        normalization="RMSNorm",
+        apply_layernorm_1p=False,
+        apply_query_key_layer_scaling=False,
+        qk_layernorm=config.qk_layernorm,
+        add_qkv_bias=config.qkv_bias,
+        add_bias_linear=False,
+        add_position_embedding=True,
+        position_embedding_type="rope",
+        use_rotary_position_embeddings=True,
+        rotary_base=config.rotary_base,
+        rotary_percent=1.0,
+        rotary_interleaved=False,
+        swiglu=True,
+        squared_relu=False,
+        untie_embeddings_and_output_weights=not config.tied_embeddings,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        num_experts=None,
+        tokenizer_type="PretrainedFromHF",
+        transformer_impl="local",
+        use_mcore_models=True,
+    )
+    run = dict(
+        tensor_model_parallel_size=layout.tensor_parallel_size,
+        pipeline_model_parallel_size=stages,
+        transformer_pipeline_model_parallel_size=stages,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        num_layers_per_virtual_pipeline_stage=layout.layers_per_virtual_stage,
+        expert_model_parallel_size=1,
+        context_parallel_size=1,
+        data_parallel_random_init=False,
+        world_size=layout.tensor_parallel_size * stages,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        params_dtype=dtype,
+        ckpt_format="torch",
+        use_dist_ckpt=False,
+        iteration=iteration,
+        consumed_train_samples=0,
+        skipped_train_samples=0,
+        consumed_valid_samples=0,
+        lora_target_modules=list(lora.targets) if lora else [],
+        lora_r=lora.r if lora else 16,
+        lora_alpha=lora.alpha if lora else 32,
+    )
+    return argparse.Namespace(**shape, **run)
+
+
+def checkpoint_content(
+    models: Mapping[str, Mapping[str, torch.Tensor | None]],
+    args: argparse.Namespace,
+    iteration: int,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The dictionary of a rank file, keys and order as the V1 converter writes them."""
+    return {
+        "args": args,
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": iteration,
+        **{key: OrderedDict(model) for key, model in models.items()},
+        "rerun_state_machine": None,
+        "num_floating_point_operations_so_far": 0,
+        **(extra or {}),
+    }
+
+
+def write_rank_file(
+    iteration_dir: Path,
+    tp_rank: int,
+    pp_rank: int,
+    tp_size: int,
+    pp_size: int,
+    models: Mapping[str, Mapping[str, torch.Tensor | None]],
+    args: argparse.Namespace,
+    iteration: int,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write one rank's ``model_optim_rng.pt`` from tensors in memory and return its path.
+
+    ``models``: ``{"model": {...}}`` or ``{"model0": {...}, ...}`` with stage-local layer numbers; the tensors are copied to the CPU
+    whole, a view takes its storage with it only as far as it reaches.
+    """
+    if not (0 <= tp_rank < tp_size and 0 <= pp_rank < pp_size):
+        raise ValueError(f"rank ({tp_rank}, {pp_rank}) lies outside the layout ({tp_size}, {pp_size})")
+    folder = Path(iteration_dir) / rank_directory_name(tp_rank, pp_rank, pp_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    compact = {key: {name: _compact(tensor) for name, tensor in model.items()} for key, model in models.items()}
+    path = folder / RANK_FILE_NAME
+    with atomic_file(path) as temporary:
+        torch.save(checkpoint_content(compact, args, iteration, extra), temporary)
+    return path
+
+
+def _compact(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """On the CPU, without the rest of the storage that it may be a view of."""
+    if tensor is None:
+        return None
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -1,0 +1,352 @@
+"""The weight table: for one model, every tensor's names, shapes, cut and place, in both worlds.
+
+```
+fuse:   cut each HF part into `units` equal blocks along dim 0 and lay them block after block
+        units = query groups: linear_qkv;  units = tp size: linear_fc1;  units = 1: concatenation
+shard:  chunk the fused tensor by tp along `axis`
+```
+One operation serves weights ``[out, in]``, biases ``[out]`` and LoRA B ``[out, r]``. No process group, model or device.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mindspeed_lora.errors import CheckpointError, UsageError
+from mindspeed_lora.weights.config import ModelConfig, stage_layers
+from mindspeed_lora.weights.families import DROPPED, ROWS, RowSpec
+
+LORA_RANK = -1  # stands for r in the part shapes of adapter rows
+_LAYER_NUMBER = re.compile(r"^(decoder\.layers\.)(\d+)(\..*)$")
+_HF_LAYER_NUMBER = re.compile(r"^(model\.layers\.)(\d+)(\..*)$")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One Megatron tensor. ``{layer}`` in names stands for the global layer number.
+
+    ``part_shapes``: shape of each HF part (of each logical part, for an adapter row).
+    ``grad_sum``: when the gradient of a replicated parameter is partial over TP: never, with sequence parallel, always.
+    ``module``: name among LoRA's target modules, for the weight of a targetable linear.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    part_shapes: tuple[tuple[int, ...], ...]
+    axis: int | None  # 0 column-parallel, 1 row-parallel, None replicated
+    unit: str  # "group" | "rank" | "whole"
+    place: str  # "embedding" | "layer" | "head"
+    grad_sum: str  # "never" | "sp" | "always"
+    module: str | None = None
+    padded: bool = False  # dim 0 is the vocabulary, padded with copies of the last row
+    linear: bool = False
+    alias_of: str | None = None  # Megatron name of the tensor that this one is a copy of
+    groups: int = 1  # query groups of the model
+
+    def units(self, tp_size: int) -> int:
+        """Number of equal blocks that each part is cut into when parts are fused."""
+        return {"group": self.groups, "rank": tp_size, "whole": 1}[self.unit]
+
+    def name(self, layer: int | None) -> str:
+        """Megatron name with the layer number filled in."""
+        return self.megatron.format(layer=layer)
+
+    def hf_names(self, layer: int | None) -> list[str]:
+        """HF names with the layer number filled in."""
+        return [name.format(layer=layer) for name in self.hf]
+
+
+@dataclass(frozen=True)
+class LoraRow(Row):
+    """One adapter tensor beside ``base``: ``matrix`` "A" ``[r, in]`` or "B" ``[out, r]``."""
+
+    base: Row | None = None
+    matrix: str = ""
+
+
+def _resolve(spec: RowSpec, config: ModelConfig) -> Row:
+    sizes = {
+        "h": config.hidden_size,
+        "f": config.ffn_hidden_size,
+        "q": config.num_attention_heads * config.kv_channels,
+        "k": config.num_query_groups * config.kv_channels,
+        "d": config.kv_channels,
+        "v": config.vocab_size,
+    }
+    shapes = tuple(tuple(sizes[letter] for letter in dims) for dims in spec.dims)
+    return Row(
+        spec.megatron,
+        spec.hf,
+        shapes,
+        spec.axis,
+        spec.unit,
+        spec.place,
+        spec.grad_sum,
+        spec.module,
+        spec.padded,
+        spec.linear,
+        spec.alias_of,
+        config.num_query_groups,
+    )
+
+
+def adapter_rows(base: Row) -> tuple[LoraRow, LoraRow]:
+    """Column-parallel base: A whole, B cut like the base. Row-parallel base: A cut, B whole."""
+    stem = base.megatron.removesuffix("weight")
+    a_shape = ((LORA_RANK, base.part_shapes[0][1]),)
+    b_shapes = tuple((shape[0], LORA_RANK) for shape in base.part_shapes)
+    column = base.axis == 0
+
+    def peft_names(matrix: str) -> tuple[str, ...]:
+        return tuple(f"base_model.model.{name.removesuffix('weight')}lora_{matrix}.weight" for name in base.hf)
+
+    a_row = LoraRow(
+        f"{stem}lora_A.default.weight",
+        peft_names("A"),
+        a_shape,
+        None if column else 1,
+        "whole",
+        base.place,
+        "always" if column else "never",
+        base.module,
+        groups=base.groups,
+        base=base,
+        matrix="A",
+    )
+    b_row = LoraRow(
+        f"{stem}lora_B.default.weight",
+        peft_names("B"),
+        b_shapes,
+        0 if column else None,
+        base.unit,
+        base.place,
+        "never" if column else "sp",
+        base.module,
+        groups=base.groups,
+        base=base,
+        matrix="B",
+    )
+    return a_row, b_row
+
+
+def _interleave(parts: Sequence[torch.Tensor], units: int) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    blocks = [part.split(part.shape[0] // units) for part in parts]
+    return torch.cat([block for unit in zip(*blocks, strict=True) for block in unit])
+
+
+def _blocks(tensor: torch.Tensor, sizes: Sequence[int], units: int) -> list[list[torch.Tensor]]:
+    """Views of ``tensor`` that belong to each part, in order; ``sizes`` are the parts' rows in this tensor."""
+    if len(sizes) == 1:
+        return [[tensor]]
+    pieces = tensor.split([size // units for size in sizes] * units)
+    return [list(pieces[index :: len(sizes)]) for index in range(len(sizes))]
+
+
+def _join(blocks: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=dim)
+
+
+def _unpadded(row: Row, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [parts[0][: row.part_shapes[0][0]]] if row.padded else parts
+
+
+def shard_blocks(row: Row, shards: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """For each HF part, the views of the shards that make it up when joined along ``row.axis`` (no copy)."""
+    tp_size = len(shards)
+    if row.axis is None:
+        return _blocks(shards[0], [shape[0] for shape in row.part_shapes], row.units(tp_size))
+    if row.axis == 1 or len(row.part_shapes) == 1:
+        return [list(shards)]
+    units = max(row.units(tp_size) // tp_size, 1)
+    sizes = [shape[0] // tp_size for shape in row.part_shapes]
+    pieces = [_blocks(shard, sizes, units) for shard in shards]
+    return [[block for piece in pieces for block in piece[index]] for index in range(len(sizes))]
+
+
+def unshard(row: Row, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """All ranks' shards -> HF parts; vocabulary padding is cut off. Needs no table: the row knows its parts."""
+    return _unpadded(row, [_join(blocks, row.axis or 0) for blocks in shard_blocks(row, shards)])
+
+
+class WeightTable:
+    """All rows of one model; pure."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        present = [_resolve(spec, config) for spec in ROWS if spec.when(config)]
+        self.rows = tuple(present)
+        self._by_name = {row.megatron: row for row in present}
+        self._lora = {adapter.megatron: adapter for row in present if row.module for adapter in adapter_rows(row)}
+
+    def parse(self, name: str) -> tuple[Row, int | None]:
+        """Row and global layer of a Megatron name, plain or with LoRA's ``base_layer``.
+
+        Raises:
+            CheckpointError: the model has no such tensor.
+        """
+        template, layer = _split_layer(name.replace(".base_layer.", "."), _LAYER_NUMBER)
+        row = self._by_name.get(template)
+        if row is None or (layer is not None and layer >= self.config.num_layers):
+            raise CheckpointError(f"{name}: a {self.config.family} model of {self.config.num_layers} layers has no tensor of this name")
+        return row, layer
+
+    def row(self, name: str) -> Row:
+        """Row of a Megatron name; Raises as :meth:`parse`."""
+        return self.parse(name)[0]
+
+    def parse_lora(self, name: str) -> tuple[LoraRow, int | None]:
+        """Adapter row and global layer of a name such as ``...linear_fc1.lora_A.default.weight``; Raises as :meth:`parse`."""
+        template, layer = _split_layer(name, _LAYER_NUMBER)
+        row = self._lora.get(template)
+        if row is None or (layer is not None and layer >= self.config.num_layers):
+            raise CheckpointError(
+                f"{name}: a {self.config.family} model of {self.config.num_layers} layers has no adapter tensor of this name"
+            )
+        return row, layer
+
+    def lora_row(self, name: str) -> LoraRow:
+        """Adapter row of a name; Raises as :meth:`parse`."""
+        return self.parse_lora(name)[0]
+
+    def lora_rows(self, targets: Sequence[str]) -> list[LoraRow]:
+        """A and B rows of the targeted modules, in the table's order.
+
+        Raises:
+            UsageError: a target matches nothing.
+        """
+        known = [row.module for row in self.rows if row.module]
+        for target in targets:
+            if target not in known:
+                raise UsageError(
+                    f"--lora-target-modules {target} matches nothing in a {self.config.family} model; it has {', '.join(sorted(known))}"
+                )
+        return [row for row in self._lora.values() if row.module in targets]
+
+    def lora_pair(self, base: Row) -> tuple[LoraRow, LoraRow]:
+        """A and B rows of one targetable base row."""
+        stem = base.megatron.removesuffix("weight")
+        return self._lora[f"{stem}lora_A.default.weight"], self._lora[f"{stem}lora_B.default.weight"]
+
+    def entries(self) -> Iterator[tuple[Row, int | None]]:
+        """Every tensor of the model once (aliases left out): embedding, layers in order, head."""
+        own = [row for row in self.rows if row.alias_of is None]
+        yield from ((row, None) for row in own if row.place == "embedding")
+        yield from ((row, layer) for layer in range(self.config.num_layers) for row in own if row.place == "layer")
+        yield from ((row, None) for row in own if row.place == "head")
+
+    def target_entries(self, targets: Sequence[str]) -> list[tuple[Row, int | None]]:
+        """The base weights that LoRA adapts."""
+        return [(row, layer) for row, layer in self.entries() if row.module in targets]
+
+    def hf_keys(self) -> dict[str, tuple[int, ...]]:
+        """HF name -> shape of every tensor that a Hugging Face folder must hold."""
+        return {name: shape for row, layer in self.entries() for name, shape in zip(row.hf_names(layer), row.part_shapes, strict=True)}
+
+    @staticmethod
+    def is_dropped(name: str) -> bool:
+        """Whether a key is known to hold no weight."""
+        return name.endswith(tuple(suffix for suffix, _ in DROPPED))
+
+    def shape(self, row: Row, r: int | None = None) -> tuple[int, ...]:
+        """Shape of the whole Megatron tensor; ``r`` is needed for adapter rows."""
+        rows = self.config.padded_vocab_size if row.padded else sum(shape[0] for shape in row.part_shapes)
+        full = (rows, *row.part_shapes[0][1:])
+        if LORA_RANK in full and r is None:
+            raise ValueError(f"{row.megatron}: the shape of an adapter tensor needs r")
+        return tuple(size if size != LORA_RANK or r is None else r for size in full)
+
+    def local_shape(self, row: Row, tp_size: int, r: int | None = None) -> tuple[int, ...]:
+        """Shape of one rank's shard."""
+        full = list(self.shape(row, r))
+        if row.axis is not None:
+            full[row.axis] //= tp_size
+        return tuple(full)
+
+    def fuse(self, row: Row, parts: Sequence[torch.Tensor], tp_size: int) -> torch.Tensor:
+        """HF parts -> the whole Megatron tensor whose ``tp_size`` chunks along ``row.axis`` are the ranks' shards."""
+        return _interleave(self._padded(row, parts), row.units(tp_size))
+
+    def unfuse(self, row: Row, tensor: torch.Tensor, tp_size: int) -> list[torch.Tensor]:
+        """Inverse of :meth:`fuse`; vocabulary padding is cut off."""
+        sizes = [shape[0] for shape in row.part_shapes]
+        parts = [_join(blocks, 0) for blocks in _blocks(tensor, sizes, row.units(tp_size))]
+        return _unpadded(row, parts)
+
+    def shard(self, row: Row, parts: Sequence[torch.Tensor], tp_rank: int, tp_size: int) -> torch.Tensor:
+        """One rank's contiguous shard, without making the whole fused tensor."""
+        if row.axis is None:
+            return _interleave(parts, row.units(tp_size)).contiguous()
+        if row.axis == 1:
+            return parts[0].chunk(tp_size, dim=1)[tp_rank].contiguous()
+        if row.padded:
+            return self._vocabulary_shard(parts[0], tp_rank, tp_size)
+        local = [part.chunk(tp_size)[tp_rank] for part in parts]
+        return _interleave(local, max(row.units(tp_size) // tp_size, 1)).contiguous()
+
+    @staticmethod
+    def unshard(row: Row, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All ranks' shards -> HF parts; vocabulary padding is cut off."""
+        return unshard(row, shards)
+
+    def _padded(self, row: Row, parts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        missing = self.config.padded_vocab_size - parts[0].shape[0] if row.padded else 0
+        return [torch.cat([parts[0], parts[0][-1:].expand(missing, -1)])] if missing > 0 else parts
+
+    def _vocabulary_shard(self, part: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
+        size = self.config.padded_vocab_size // tp_size
+        own = part[tp_rank * size : (tp_rank + 1) * size]
+        missing = size - own.shape[0]
+        return torch.cat([own, part[-1:].expand(missing, -1)]) if missing else own.contiguous()
+
+    def check_tensor_parallel(self, tp_size: int) -> None:
+        """Whether every cut tensor divides by ``tp_size``.
+
+        Raises:
+            UsageError: one does not; the message says which sizes work.
+        """
+        config = self.config
+        sizes = {
+            "num_query_groups": config.num_query_groups,
+            "ffn_hidden_size": config.ffn_hidden_size,
+            "padded_vocab_size": config.padded_vocab_size,
+        }
+        if tp_size < 1:
+            raise UsageError(f"tensor parallel size {tp_size} must be at least 1")
+        for name, size in sizes.items():
+            if size % tp_size:
+                valid = [n for n in range(1, config.num_query_groups + 1) if all(value % n == 0 for value in sizes.values())]
+                hint = "; or pad the vocabulary with --make-vocab-size-divisible-by" if name == "padded_vocab_size" else ""
+                raise UsageError(f"tensor parallel size {tp_size} does not divide the model's {name} {size}; use one of {valid}{hint}")
+
+    def check_pipeline(self, pp_size: int, layers_per_virtual_stage: int | None = None) -> list[list[range]]:
+        """Global layers as ``[stage][chunk] -> range``; Raises UsageError as :func:`~mindspeed_lora.weights.config.stage_layers`."""
+        return stage_layers(self.config.num_layers, pp_size, layers_per_virtual_stage)
+
+    def describe(self) -> str:
+        """The table as aligned text, for people and docs."""
+        header = ("Megatron", "Hugging Face", "shape", "axis", "unit", "place", "grad_sum", "LoRA")
+        lines = [header]
+        for row in self.rows:
+            names = ", ".join(name.split("{layer}.")[-1] for name in row.hf) + (" (copy)" if row.alias_of else "")
+            shape = "x".join(str(size) for size in self.shape(row))
+            lines.append((row.megatron, names, shape, str(row.axis), row.unit, row.place, row.grad_sum, row.module or "-"))
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _split_layer(name: str, pattern: re.Pattern[str]) -> tuple[str, int | None]:
+    match = pattern.match(name)
+    if match is None:
+        return name, None
+    return f"{match[1]}{{layer}}{match[3]}", int(match[2])
+
+
+def split_hf_layer(name: str) -> tuple[str, int | None]:
+    """``model.layers.3.x`` -> (``model.layers.{layer}.x``, 3)."""
+    return _split_layer(name, _HF_LAYER_NUMBER)
