@@ -10,7 +10,7 @@ from torch import nn
 
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.parallel.context import ParallelContext
-from mindspeed_lora.weights.sources import AdapterCheckpoint, BaseCheckpoint
+from mindspeed_lora.weights.sources import Adapter, Base
 from mindspeed_lora.weights.table import WeightTable
 
 
@@ -30,7 +30,7 @@ def _copy(parameter: nn.Parameter, value: torch.Tensor, name: str, source: objec
 
 
 @torch.no_grad()
-def load_base(stages: Sequence[nn.Module], base: BaseCheckpoint, table: WeightTable, context: ParallelContext) -> LoadReport:
+def load_base(stages: Sequence[nn.Module], base: Base, table: WeightTable, context: ParallelContext) -> LoadReport:
     """Copy every base tensor of this rank, cast to the parameter's dtype.
 
     Raises:
@@ -49,7 +49,7 @@ def load_base(stages: Sequence[nn.Module], base: BaseCheckpoint, table: WeightTa
 
 
 @torch.no_grad()
-def load_adapter(stages: Sequence[nn.Module], adapter: AdapterCheckpoint, table: WeightTable, context: ParallelContext) -> LoadReport:
+def load_adapter(stages: Sequence[nn.Module], adapter: Adapter, table: WeightTable, context: ParallelContext) -> LoadReport:
     """Copy every LoRA tensor of this rank.
 
     Raises:

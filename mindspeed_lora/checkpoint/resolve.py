@@ -9,7 +9,7 @@ from mindspeed_lora.arguments.configs import ArchitectureFlags, LoraFlags
 from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.weights.config import ModelConfig
 from mindspeed_lora.weights.lora_spec import LoraSpec
-from mindspeed_lora.weights.sources import AdapterCheckpoint, BaseCheckpoint
+from mindspeed_lora.weights.sources import Adapter, Base
 
 DEFAULT_R, DEFAULT_ALPHA = 16, 32.0
 
@@ -45,18 +45,16 @@ def _check_architecture(config: ModelConfig, flags: ArchitectureFlags, source: s
         raise _disagree("--padded-vocab-size", flags.padded_vocab_size, source, config.vocab_size, "vocab_size")
 
 
-def resolve_model_config(base: BaseCheckpoint, flags: ArchitectureFlags, tensor_parallel_size: int = 1) -> ModelConfig:
+def resolve_model_config(base: Base, flags: ArchitectureFlags, tensor_parallel_size: int = 1) -> ModelConfig:
     """The model's shape: the checkpoint's own, checked against every architecture flag that was passed.
 
     The vocabulary is padded to a multiple of the tensor-parallel size (padding rows never get any probability).
 
     Raises:
         UsageError: a passed value contradicts the checkpoint.
-        CheckpointError: nobody knows the shape or the rotary base.
+        CheckpointError: nobody knows the sizes or the rotary base.
     """
-    config = base.config
-    if config is None:
-        raise CheckpointError(f"--load {base.path}: no config.json beside the weights and no usable args inside; put the model's config.json there")
+    config = base.model_config
     _check_architecture(config, flags, f"{base.path}")
     if config.rotary_base is None:
         if flags.rotary_base is None:
@@ -69,7 +67,7 @@ def resolve_model_config(base: BaseCheckpoint, flags: ArchitectureFlags, tensor_
     return replace(config, padded_vocab_size=-(-padded // tensor_parallel_size) * tensor_parallel_size)
 
 
-def resolve_lora(flags: LoraFlags | None, adapter: AdapterCheckpoint | None) -> LoraSpec | None:
+def resolve_lora(flags: LoraFlags | None, adapter: Adapter | None) -> LoraSpec | None:
     """r, alpha and targets: the adapter's own where there is one, else the flags', else r 16 and alpha 32.
 
     Returns None for a run without LoRA.
@@ -97,7 +95,7 @@ def resolve_lora(flags: LoraFlags | None, adapter: AdapterCheckpoint | None) -> 
     return known
 
 
-def check_adapter_base(adapter: AdapterCheckpoint, base: BaseCheckpoint) -> None:
+def check_adapter_base(adapter: Adapter, base: Base) -> None:
     """Refuse an adapter that was trained on another base (by fingerprint, where the adapter records one).
 
     Raises:

@@ -1,0 +1,204 @@
+"""Our model against transformers and PEFT: logits and LoRA gradients, in one process and at every small layout."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_helpers import SPEC, Engine, batch, build_engine, lora_b_parts
+from helpers import make_model
+
+from mindspeed_lora.checkpoint.load import base_name
+from mindspeed_lora.lora.inject import kaiming_uniform
+from mindspeed_lora.model.decode import DecodeState, KVCache
+from mindspeed_lora.parallel.context import build_context
+from mindspeed_lora.parallel.pipeline import PipelineRunner, forward_through_stages
+
+MODELS = {
+    "qwen3": ("qwen3", {}),
+    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama3-rope": (
+        "llama",
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+}
+LAYOUTS = {"TP1": (1, 1, False), "TP2": (2, 1, False), "TP2-SP": (2, 1, True), "PP2": (1, 2, False), "TP2-PP2": (2, 2, True)}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: make_model(root / name, family, **changes) for name, (family, changes) in MODELS.items()}
+
+
+def _reference_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+
+
+def _peft_twin(folder: Path, table: Any) -> Any:
+    """PEFT around transformers with our A in each of q, k, v (gate, up) and the same B."""
+    from peft import LoraConfig, get_peft_model
+
+    leaves = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    twin = get_peft_model(_reference_model(folder), LoraConfig(r=SPEC.r, lora_alpha=SPEC.alpha, target_modules=leaves))
+    parameters = dict(twin.named_parameters())
+    with torch.no_grad():
+        for row, layer in table.target_entries(SPEC.targets):
+            a_name = row.name(layer).removesuffix("weight") + "lora_A.default.weight"
+            for name, part in zip(row.hf_names(layer), lora_b_parts(row, layer, SPEC.r), strict=True):
+                stem = "base_model.model." + name.removesuffix("weight")
+                a = parameters[f"{stem}lora_A.default.weight"]
+                a.copy_(kaiming_uniform(a_name, 7, *a.shape))
+                parameters[f"{stem}lora_B.default.weight"].copy_(part)
+    return twin
+
+
+def _reference_loss(model: Any) -> torch.Tensor:
+    ids, labels, weights = batch()
+    logits = model(input_ids=ids).logits
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    return (losses.view_as(labels).sum(dim=1) * weights).sum()
+
+
+def _twin_gradients(twin: Any, table: Any) -> dict[str, torch.Tensor]:
+    """By our names, whole: dA = sum over the fused parts, dB = the parts' rows behind one another."""
+    _reference_loss(twin).backward()
+    parameters = dict(twin.named_parameters())
+    gradients = {}
+    for row, layer in table.target_entries(SPEC.targets):
+        stem = row.name(layer).removesuffix("weight")
+        parts = ["base_model.model." + name.removesuffix("weight") for name in row.hf_names(layer)]
+        gradients[f"{stem}lora_A.default.weight"] = sum(parameters[f"{part}lora_A.default.weight"].grad for part in parts)
+        gradients[f"{stem}lora_B.default.weight"] = torch.cat([parameters[f"{part}lora_B.default.weight"].grad for part in parts])
+    return gradients
+
+
+def _forward_cell(folder: Path, tp_size: int, pp_size: int) -> torch.Tensor | None:
+    engine = build_engine(folder, build_context(torch.device("cpu"), tp_size, pp_size))
+    ids = batch()[0]
+    positions = torch.arange(ids.shape[1]).unsqueeze(0)
+    with torch.no_grad():
+        logits = forward_through_stages(engine.stages, engine.context, ids, decode=DecodeState(positions))
+        return None if logits is None else engine.stages[-1].gather_logits(logits)
+
+
+def _gradient_cell(folder: Path, tp_size: int, pp_size: int, sequence_parallel: bool, fusion: bool) -> dict[str, Any]:
+    from mindspeed_lora.parallel.collectives import all_reduce
+
+    engine = build_engine(folder, build_context(torch.device("cpu"), tp_size, pp_size, sequence_parallel), SPEC, fusion)
+    loss = PipelineRunner(engine.stages, engine.context).forward_backward(*batch(), micro_batch_size=1)
+    gradients = {}
+    for stage in engine.stages:
+        for name, parameter in stage.named_parameters():
+            if parameter.requires_grad:
+                row = engine.table.lora_row(name)
+                assert parameter.grad is not None, name
+                if row.grad_sum == "always" or (row.grad_sum == "sp" and sequence_parallel):
+                    all_reduce(parameter.grad, engine.context.tp_group)
+                gradients[name] = (parameter.grad, row.axis, engine.context.tp_rank)
+    return {"loss": loss, "gradients": gradients}
+
+
+def _whole_gradients(results: list[dict[str, Any]], engine: Engine) -> dict[str, torch.Tensor]:
+    shards: dict[str, dict[int, torch.Tensor]] = {}
+    for result in results:
+        for name, (gradient, _axis, tp_rank) in result["gradients"].items():
+            shards.setdefault(name, {})[tp_rank] = gradient
+    whole = {}
+    for name, by_rank in shards.items():
+        ordered = [by_rank[rank] for rank in sorted(by_rank)]
+        row = engine.table.lora_row(name)
+        if row.axis is None:
+            assert all(torch.equal(part, ordered[0]) for part in ordered), f"{name} differs between tp ranks"
+        whole[name] = torch.cat(engine.table.unshard(row, ordered))
+    return whole
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_logits_equal_transformers(folders: dict[str, Path], model: str) -> None:
+    engine = build_engine(folders[model])
+    ids = batch()[0]
+    expected = _reference_model(folders[model])(input_ids=ids).logits
+    torch.testing.assert_close(engine.stages[0](ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+@pytest.mark.parametrize("model", ["qwen3", "llama-tied"])
+def test_logits_at_each_layout(pool: Any, folders: dict[str, Path], model: str, layout: str) -> None:
+    tp_size, pp_size, _ = LAYOUTS[layout]
+    expected = _reference_model(folders[model])(input_ids=batch()[0]).logits
+    results = pool.run(_forward_cell, tp_size * pp_size, folders[model], tp_size, pp_size)
+    for logits in results[-tp_size:]:
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", ["qwen3", "llama-tied"])
+def test_lora_gradients_equal_peft(pool: Any, folders: dict[str, Path], model: str, layout: str, fusion: bool) -> None:
+    tp_size, pp_size, sequence_parallel = LAYOUTS[layout]
+    engine = build_engine(folders[model])
+    twin = _peft_twin(folders[model], engine.table)
+    expected = _twin_gradients(twin, engine.table)
+    results = pool.run(_gradient_cell, tp_size * pp_size, folders[model], tp_size, pp_size, sequence_parallel, fusion)
+    assert results[-1]["loss"].item() == pytest.approx(_reference_loss(twin).item(), rel=1e-5)
+    got = _whole_gradients(results, engine)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.abs().max() > 1e-4, f"{name}: the reference gradient is too small to prove anything"
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_full_gradients_equal_transformers(folders: dict[str, Path]) -> None:
+    for model in ("qwen3", "qwen3-tied"):
+        engine, reference = build_engine(folders[model]), _reference_model(folders[model])
+        _reference_loss(reference).backward()
+        expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+        PipelineRunner(engine.stages, engine.context).forward_backward(*batch(), micro_batch_size=2)
+        for name, parameter in engine.stages[0].named_parameters():
+            row, layer = engine.table.parse(name)
+            for hf_name, part in zip(row.hf_names(layer), engine.table.unfuse(row, parameter.grad, 1), strict=True):
+                torch.testing.assert_close(part, expected[hf_name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_cached_decoding_equals_the_whole_pass(folders: dict[str, Path]) -> None:
+    engine = build_engine(folders["qwen3"])
+    ids = batch(rows=2, length=12)[0]
+    whole = engine.stages[0](ids)
+    cache, pieces = KVCache(), []
+    with torch.no_grad():
+        for start, end in ((0, 5), (5, 6), (6, 9), (9, 12)):
+            positions = torch.arange(start, end).unsqueeze(0)
+            pieces.append(engine.stages[0](ids[:, start:end], decode=DecodeState(positions, cache=cache)))
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_off_is_the_base(folders: dict[str, Path]) -> None:
+    from mindspeed_lora.lora.layers import ParallelLoraLinear
+
+    engine, base = build_engine(folders["qwen3"], lora=SPEC), build_engine(folders["qwen3"])
+    ids = batch()[0]
+    assert not torch.allclose(engine.stages[0](ids), base.stages[0](ids), atol=1e-3)
+    for module in copy.copy(list(engine.stages[0].modules())):
+        if isinstance(module, ParallelLoraLinear):
+            module.enable_adapters(False)
+    assert torch.equal(engine.stages[0](ids), base.stages[0](ids))
+
+
+def test_base_name() -> None:
+    assert base_name("decoder.layers.3.mlp.linear_fc1.lora_A.default.weight") == "decoder.layers.3.mlp.linear_fc1.weight"
