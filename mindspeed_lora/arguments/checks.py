@@ -1,0 +1,208 @@
+"""Checks across flags, before anything heavy is imported or read. What needs the model's sizes is checked where they are known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mindspeed_lora.arguments.configs import LORA_TARGETS, TrainConfig
+from mindspeed_lora.arguments.flag import CONVERT, INFER, RUNS, TRAIN, Flag
+from mindspeed_lora.errors import UsageError
+from mindspeed_lora.manifest import MANIFEST_NAME, read_manifest
+
+Values = dict[str, Any]
+Sources = dict[str, str]
+
+
+def check_paths(given: Iterable[tuple[Flag, Any]]) -> None:
+    """Raise UsageError where a path that must exist does not, or is of the other kind."""
+    for flag, value in given:
+        if not flag.must_exist:
+            continue
+        path = Path(value)
+        if not path.exists():
+            raise UsageError(f"{flag.name} {path}: there is nothing at this path{_nearest_parent(path)}; give an existing {_kind(flag)}")
+        if flag.must_exist == "folder" and not path.is_dir():
+            raise UsageError(f"{flag.name} {path}: this is a file; give the folder that holds it ({path.parent})")
+        if flag.must_exist == "file" and not path.is_file():
+            raise UsageError(f"{flag.name} {path}: this is a folder; give a file")
+
+
+def _kind(flag: Flag) -> str:
+    return "file or folder" if flag.must_exist == "any" else flag.must_exist
+
+
+def _nearest_parent(path: Path) -> str:
+    parent = next((parent for parent in path.absolute().parents if parent.exists()), None)
+    return f" (the path exists as far as {parent})" if parent is not None else ""
+
+
+def check_values(command: str, values: Values, sources: Sources) -> list[str]:
+    """Check the values of one command against each other; may complete or change ``values``.
+
+    ``values`` and ``sources``: by path into the config; the value, and the flag that gave it.
+    Returns notes for the log.
+
+    Raises:
+        UsageError: flags contradict each other, or one needs another.
+    """
+    notes: list[str] = []
+    _check_lora(command, values, sources)
+    if values.get("tokenizer.use_fast") is False:
+        notes.append("--tokenizer-not-use-fast: the slow tokenizer is taken where the installed transformers still has one")
+    if command in RUNS:
+        notes += _check_layout(values)
+        _check_rope_scaling(values, sources)
+    if command == TRAIN:
+        notes += _check_training(values, sources)
+    if command == INFER and values.get("hf_chat_template") and "template.prompt_type" in values:
+        raise UsageError("--hf-chat-template and --prompt-type contradict each other; keep one of them")
+    if command == CONVERT:
+        _check_conversion(values, sources)
+    return notes
+
+
+def _check_lora(command: str, values: Values, sources: Sources) -> None:
+    """Targets in their own order; LoRA flags need a place to act; an adapter needs a base."""
+    targets = values.get("lora.targets")
+    if targets is not None:
+        values["lora.targets"] = tuple(target for target in LORA_TARGETS if target in targets)
+    adapter = values.get("load.lora_load") or values.get("lora_load")
+    if adapter is not None:
+        values.setdefault("lora", True)  # the group exists, even where every value of it is left to the adapter
+    if command != TRAIN or targets is not None or adapter is not None:
+        return
+    flags = [sources[path] for path in values if path.startswith("lora.")]
+    if flags and not _holds_adapter(values.get("load.load")):
+        raise UsageError(
+            f"{' and '.join(flags)} without --lora-target-modules: nothing would get an adapter; "
+            f"add --lora-target-modules {' '.join(LORA_TARGETS)} (or some of them), or --lora-load ADAPTER to continue one"
+        )
+
+
+def _holds_adapter(folder: Path | None) -> bool:
+    """Whether ``folder`` is a save of ours with an adapter in it, which then says its targets."""
+    manifest = read_manifest(folder) if folder is not None else None
+    return manifest is not None and bool(manifest.lora)
+
+
+def _check_layout(values: Values) -> list[str]:
+    if values.get("parallel.sequence_parallel") and values.get("parallel.tensor_parallel_size", 1) == 1:
+        values["parallel.sequence_parallel"] = False
+        return ["--sequence-parallel has no effect with --tensor-model-parallel-size 1: there is nothing to cut the sequence over"]
+    return []
+
+
+def _check_rope_scaling(values: Values, sources: Sources) -> None:
+    """``--rope-scaling-type`` is accepted because config.json says it; so it must, and the same."""
+    passed = values.pop("rope_scaling_type", None)
+    sources.pop("rope_scaling_type", None)
+    if passed is None:
+        return
+    folder: Path = values["load.load"]
+    config = folder / "config.json"
+    if not config.is_file():
+        if (folder / MANIFEST_NAME).is_file():
+            return  # a save of ours: its base has the config.json
+        raise UsageError(
+            f"--rope-scaling-type {passed}: rope scaling is read from config.json, and {folder} has none; put the model's config.json there"
+        )
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--rope-scaling-type {passed}: {config} cannot be read ({error}); put the model's config.json there") from error
+    scaling = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    found = scaling.get("rope_type", scaling.get("type", "default"))
+    if found != passed:
+        raise UsageError(
+            f"--rope-scaling-type {passed} contradicts {config}, which says {found}; leave the flag out, or correct config.json"
+        )
+
+
+def _check_training(values: Values, sources: Sources) -> list[str]:
+    _check_schedule(values)
+    _check_recompute(values)
+    if values.pop("per_token_loss", False) and values.get("loss_normalization") == "micro-batch":
+        raise UsageError("--calculate-per-token-loss and --loss-normalization micro-batch contradict each other; keep one of them")
+    sources.pop("per_token_loss", None)
+    micro, total = values.get("micro_batch_size", 1), values.get("global_batch_size")
+    if total is not None and total % micro:
+        raise UsageError(
+            f"--global-batch-size {total} is not a multiple of --micro-batch-size {micro}; use {_nearby_multiples(total, micro)}"
+        )
+    if values.get("parallel.layers_per_virtual_stage") and values.get("parallel.pipeline_parallel_size", 1) == 1:
+        raise UsageError(
+            f"--num-layers-per-virtual-pipeline-stage {values['parallel.layers_per_virtual_stage']} needs --pipeline-model-parallel-size of at least 2; "
+            "with one stage there is nothing to interleave"
+        )
+    notes = []
+    if "save.save" not in values:
+        notes.append("--save is absent: this run writes no checkpoint")
+        if "save.save_interval" in values:
+            raise UsageError(f"--save-interval {values['save.save_interval']} needs --save, the folder to write to")
+    return notes
+
+
+def _check_schedule(values: Values) -> None:
+    lr, min_lr = values.get("optimizer.lr", 1e-4), values.get("optimizer.min_lr", 0.0)
+    if min_lr > lr:
+        raise UsageError(f"--min-lr {min_lr:g} is above --lr {lr:g}; the decay goes down to --min-lr, so use a smaller one")
+    if values.get("optimizer.lr_warmup_init", 0.0) > lr:
+        raise UsageError(f"--lr-warmup-init {values['optimizer.lr_warmup_init']:g} is above --lr {lr:g}; the warm-up goes up to --lr")
+    warmup = values.get("optimizer.lr_warmup_iters", 0)
+    if warmup and values.get("optimizer.lr_warmup_fraction"):
+        raise UsageError("--lr-warmup-fraction and --lr-warmup-iters contradict each other; keep one of them")
+    decay = values.get("optimizer.lr_decay_iters", values["train_iters"])
+    if warmup and warmup >= decay:
+        raise UsageError(f"--lr-warmup-iters {warmup} leaves nothing of the {decay} iterations of the decay; use fewer than {decay}")
+
+
+def _check_recompute(values: Values) -> None:
+    granularity, method, layers = (values.get(f"recompute.{name}") for name in ("granularity", "method", "num_layers"))
+    if granularity == "full" and (method is None or layers is None):
+        missing = "--recompute-method block or uniform" if method is None else "--recompute-num-layers"
+        raise UsageError(f"--recompute-granularity full needs {missing}")
+    if granularity != "full" and (method is not None or layers is not None):
+        flag = f"--recompute-method {method}" if method is not None else f"--recompute-num-layers {layers}"
+        raise UsageError(f"{flag} needs --recompute-granularity full (found: {granularity or 'none'})")
+
+
+def _check_conversion(values: Values, sources: Sources) -> None:
+    if values["save_model_type"] == "hf" and not values.get("save_lora_to_hf"):
+        neutral = {"target_tensor_parallel_size": 1, "target_pipeline_parallel_size": 1, "layers_per_virtual_stage": None}
+        for path, value in neutral.items():
+            if values.get(path, value) != value:
+                raise UsageError(
+                    f"{sources[path]} {values[path]} with --save-model-type hf: Hugging Face files are not cut into shards; use 1 or leave it out"
+                )
+    if values["load_dir"].resolve() == values["save_dir"].resolve() and values["save_model_type"] != "hf":
+        raise UsageError(f"--save-dir {values['save_dir']} is --load-dir as well; give another folder to write to")
+    if values.get("save_lora_to_hf") and values["save_model_type"] != "hf":
+        raise UsageError(
+            f"--save-lora-to-hf writes PEFT's files, but --save-model-type is {values['save_model_type']}; use --save-model-type hf"
+        )
+    if values.get("layers_per_virtual_stage") and values.get("target_pipeline_parallel_size", 1) == 1:
+        raise UsageError("--num-layers-per-virtual-pipeline-stage needs --target-pipeline-parallel-size of at least 2")
+
+
+def _nearby_multiples(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return " or ".join(str(multiple) for multiple in (below, below + unit) if multiple > 0)
+
+
+def resolve_global_batch_size(config: TrainConfig, data_parallel_size: int) -> int:
+    """Records per optimizer step: ``--global-batch-size``, else one micro-batch per replica.
+
+    Raises:
+        UsageError: it is not a multiple of micro batch size x data parallel size.
+    """
+    unit = config.micro_batch_size * data_parallel_size
+    total = config.global_batch_size or unit
+    if total % unit:
+        raise UsageError(
+            f"--global-batch-size {total} is not a multiple of --micro-batch-size {config.micro_batch_size} x data parallel size {data_parallel_size} "
+            f"= {unit}; use {_nearby_multiples(total, unit)}"
+        )
+    return total

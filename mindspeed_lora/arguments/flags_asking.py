@@ -1,0 +1,106 @@
+"""Flags of ``inference.py`` and ``evaluation.py`` alone."""
+
+from __future__ import annotations
+
+from mindspeed_lora.arguments.flag import EVALUATE, INFER, Flag, accepted, active
+from mindspeed_lora.arguments.values import COUNT, COUNT_OR_ZERO, PATH, POSITIVE, RAW_TEXT, SHARE, TEXT
+
+LATER_TASK = "comes with a later release; use --task greedy, --task do_sample or both"
+LATER_BENCHMARK = "comes with a later release; --task mmlu works"
+BENCHMARKS = ("mmlu_ppl", "gsm8k", "boolq", "ceval", "cmmlu", "bbh", "agieval", "human_eval", "needlebench", "hellaswag")
+
+INFERENCE = [
+    active(
+        "--prompt", (INFER,), "prompts and answers", "what to ask; several are answered one after the other", RAW_TEXT, "prompts", many=True
+    ),
+    active(
+        "--task",
+        (INFER,),
+        "prompts and answers",
+        "how to choose tokens",
+        TEXT,
+        "tasks",
+        many=True,
+        choices=("greedy", "do_sample"),
+        not_yet={name: f"{name} {LATER_TASK}" for name in ("beam_search", "beam_search_with_sampling", "chat")},
+    ),
+    active("--max-new-tokens", (INFER,), "prompts and answers", "longest answer", COUNT, "max_new_tokens", unit="tokens"),
+    active(
+        "--max-length",
+        (INFER,),
+        "prompts and answers",
+        "longest prompt and answer together, where --max-new-tokens is absent",
+        COUNT,
+        "max_length",
+        unit="tokens",
+    ),
+    active("--top-p", (INFER,), "prompts and answers", "do_sample: smallest set of tokens with this probability", SHARE, "top_p"),
+    active("--top-k", (INFER,), "prompts and answers", "do_sample: most likely tokens to choose from; 0: all", COUNT_OR_ZERO, "top_k"),
+    active("--temperature", (INFER,), "prompts and answers", "do_sample: below 1 sharper, above 1 flatter", POSITIVE, "temperature"),
+    active("--add-eos-token", (INFER,), "prompts and answers", "further tokens that end an answer", TEXT, "add_eos_token", many=True),
+    active(
+        "--hf-chat-template",
+        (INFER,),
+        "template",
+        "wrap the prompt in the tokenizer's own chat template (not with --prompt-type)",
+        None,
+        "hf_chat_template",
+    ),
+    active("--micro-batch-size", (INFER,), "batch and length", "prompts answered together", COUNT, "micro_batch_size"),
+    *accepted("use-kv-cache", (INFER,), "the key-value cache is always on", dest=("use_kv_cache",)),
+]
+
+EVALUATION = [
+    active(
+        "--task",
+        (EVALUATE,),
+        "score",
+        "benchmark",
+        TEXT,
+        "tasks",
+        many=True,
+        choices=("mmlu",),
+        not_yet={name: f"{name} {LATER_BENCHMARK}" for name in BENCHMARKS},
+        required=True,
+    ),
+    active(
+        "--task-data-path",
+        (EVALUATE,),
+        "score",
+        "the benchmark's folder: its root, or its test/",
+        PATH,
+        "task_data_path",
+        one_only="give one folder",
+        required=True,
+        must_exist="folder",
+    ),
+    active(
+        "--num-fewshot",
+        (EVALUATE,),
+        "score",
+        "solved examples before each question",
+        COUNT_OR_ZERO,
+        "num_fewshot",
+        default_text="the task's own; mmlu: 5",
+    ),
+    active("--max-eval-samples", (EVALUATE,), "score", "questions per subject", COUNT, "max_eval_samples", default_text="all"),
+    active("--evaluation-batch-size", (EVALUATE,), "score", "questions scored together", COUNT, "evaluation_batch_size"),
+    active(
+        "--max-new-tokens",
+        (EVALUATE,),
+        "score",
+        "longest generated answer; mmlu compares the letters' likelihoods and generates none",
+        COUNT,
+        "max_new_tokens",
+        unit="tokens",
+    ),
+    active(
+        "--no-chat-template", (EVALUATE,), "template", "ask without a chat template (the default)", None, "use_chat_template", const=False
+    ),
+    active("--output-path", (EVALUATE,), "score", "JSON file of scores", PATH, "output_path", default_text="beside the checkpoint"),
+    *accepted("use-kv-cache", (EVALUATE,), "likelihoods need no cache; where text is generated it is always on"),
+    *accepted("broadcast", (EVALUATE,), "all ranks of a replica always work on the same question"),
+    *accepted("micro-batch-size", (EVALUATE,), "--evaluation-batch-size says how many questions go together", COUNT),
+]
+
+FLAGS: list[Flag] = [*INFERENCE, *EVALUATION]

@@ -1,0 +1,105 @@
+"""Flags of MindSpeed-LLM's scripts that change the result and are not supported: each with the sentence that says so."""
+
+from __future__ import annotations
+
+from mindspeed_lora.arguments.flag import COMMANDS, CONVERT, EVALUATE, INFER, PREPROCESS, RUNS, TRAIN, Flag, refused
+from mindspeed_lora.arguments.flags_model import LATER_FP16
+from mindspeed_lora.arguments.values import TEXT
+
+MODELS = (*RUNS, CONVERT)
+EXPERTS = "models with experts (mixture of experts) come with a later release; Qwen3 dense and Llama work"
+LATENT = "multi-head latent attention (DeepSeek) comes with a later release; Qwen3 dense and Llama work"
+MTP = "multi-token prediction comes with a later release; leave it out"
+FAMILY = "the families that need it (Gemma, GLM, MiniCPM, Phi and others) come with a later release; Qwen3 dense and Llama work"
+LINEAR_ATTENTION = "linear attention (Qwen3-Next, Mamba) is not supported; Qwen3 dense and Llama work"
+PACKING = (
+    "packing several records into one sample comes with a later release; leave it out and pass --no-pad-to-seq-lengths to save padding"
+)
+PAIRS = "preference data and DPO come with a later release; use --stage sft and instruction data"
+PLACEMENT = "uneven and empty layers come with a later release; use a pipeline size that divides the number of layers"
+CHAT = "--task chat comes with a later release, and this flag with it"
+TORCHRUN = "this flag belongs to torchrun: put it before the name of the program"
+
+EXPERT_FLAGS = [
+    *refused(
+        "num-experts moe-ffn-hidden-size moe-intermediate-size moe-router-topk moe-router-load-balancing-type moe-token-dispatcher-type moe-layer-freq "
+        "moe-aux-loss-coeff moe-router-num-groups moe-router-group-topk moe-router-topk-scaling-factor moe-router-score-function moe-router-dtype "
+        "moe-input-jitter-eps moe-shared-expert-intermediate-size moe-zero-memory n-shared-experts first-k-dense-replace num-zero-experts",
+        MODELS,
+        EXPERTS,
+        TEXT,
+    ),
+    *refused(
+        "moe-grouped-gemm moe-permutation-async-comm moe-alltoall-overlap-comm moe-permute-fusion moe-router-enable-expert-bias moe-tp-extend-ep moe-fb-overlap "
+        "moe-router-pre-softmax seq-aux router-gating-in-fp32 topk-softmax-in-fp32 shared-expert-gate use-fused-moe-token-permute-and-unpermute",
+        MODELS,
+        EXPERTS,
+    ),
+]
+
+LATENT_FLAGS = [
+    *refused("q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim index-topk index-n-heads", MODELS, LATENT, TEXT),
+    *refused(
+        "multi-latent-attention mla-mm-split mla-fa-without-pad enable-dsa-indexer use-fused-lightning-indexer enable-mla-scale-q-lora enable-mla-scale-kv-lora",
+        MODELS,
+        LATENT,
+    ),
+    *refused("mtp-num-layers mtp-loss-scaling-factor", MODELS, MTP, TEXT),
+    *refused("mtp-mem-efficient-logits", MODELS, MTP),
+]
+
+FAMILY_FLAGS = [
+    *refused(
+        "query-pre-attn-scalar interleave-sliding-window output-logit-softcapping attn-logit-softcapping fc-type partial-rotary-factor longrope-freqs-type "
+        "long-factor short-factor long-mscale short-mscale dynamic-factor",
+        MODELS,
+        FAMILY,
+        TEXT,
+    ),
+    *refused(
+        "add-rmsnorm-offset gelu-tanh post-norm input-embeds-norm squared-relu add-dense-bias add-output-layer-bias rmsnorm-weight-in-fp32 "
+        "init-norm-weight-in-fp32 input-layernorm-in-fp32",
+        MODELS,
+        FAMILY,
+    ),
+    *refused(
+        "full-attention-interval linear-key-head-dim linear-num-key-heads linear-num-value-heads linear-value-head-dim mamba-chunk-size mamba-d-conv mamba-expand "
+        "mamba-head-dim mamba-num-groups mamba-state-dim",
+        MODELS,
+        LINEAR_ATTENTION,
+        TEXT,
+    ),
+    *refused("no-enable-linear-qkv use-triton-gdn", MODELS, LINEAR_ATTENTION),
+]
+
+DATA_FLAGS = [
+    *refused("pack neat-pack", (TRAIN, PREPROCESS), PACKING),
+    *refused("reset-attention-mask reset-position-ids", (TRAIN,), PACKING),
+    *refused(
+        "handler-name",
+        (TRAIN,),
+        "posttrain_gpt.py reads prepared data only: preprocess first with preprocess_data.py, and give its --output-prefix",
+        TEXT,
+    ),
+    *refused("is-pairwise-dataset", (TRAIN,), PAIRS),
+    *refused("dpo-loss-type dpo-beta dpo-label-smoothing pref-ftx ref-model refer-model-iter", (TRAIN,), PAIRS, TEXT),
+    *refused("tokenizer-model", (*RUNS, PREPROCESS), "tokenizers are Hugging Face folders; use --tokenizer-name-or-path", TEXT),
+]
+
+RUN_FLAGS = [
+    *refused("fp16", RUNS, LATER_FP16),
+    *refused("num-layer-list noop-layers", MODELS, PLACEMENT, TEXT),
+    *refused(
+        "schedules-method", MODELS, "this pipeline schedule is not supported; leave it out: one-forward-one-backward, or interleaved", TEXT
+    ),
+    *refused("qlora qlora-nf4", MODELS, "quantised base weights come with a later release; use --bf16"),
+    *refused("lu-lora-lr lu-lora-lr-ratio lu-lora-final-layer-index", RUNS, "LU-LoRA is not supported; leave it out", TEXT),
+    *refused("npu-deterministic", RUNS, "deterministic kernels cannot be promised on NPU yet; leave it out"),
+    *refused("alternative-prompt", (EVALUATE,), "prompts and scores are lm-evaluation-harness's own; leave it out"),
+    *refused("history-turns", (INFER,), CHAT, TEXT),
+    *refused("load-checkpoint-loosely", RUNS, "a missing or unknown tensor is always an error; leave it out"),
+    *refused("hidden-size", (CONVERT,), "the model's sizes come from config.json; leave it out", TEXT),
+    *refused("nproc_per_node nnodes node_rank master_addr master_port local-rank local_rank", COMMANDS, TORCHRUN, TEXT),
+]
+
+FLAGS: list[Flag] = [*EXPERT_FLAGS, *LATENT_FLAGS, *FAMILY_FLAGS, *DATA_FLAGS, *RUN_FLAGS]

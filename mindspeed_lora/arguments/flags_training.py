@@ -1,0 +1,242 @@
+"""Flags of ``posttrain_gpt.py`` alone: data, batches, optimizer, evaluation, saving, memory."""
+
+from __future__ import annotations
+
+from mindspeed_lora.arguments.flag import TRAIN, Flag, active
+from mindspeed_lora.arguments.values import COUNT, COUNT_OR_ZERO, DECAY, FRACTION, NOT_NEGATIVE, PATH, POSITIVE, SHARE, SPLIT, TEXT
+
+T = (TRAIN,)
+LATER_SCHEDULE = "this schedule comes with a later release; use linear, cosine or constant"
+
+RESUMING = [
+    active("--finetune", T, "files", "take weights only and start at iteration 0", None, "load.finetune"),
+    active("--no-load-optim", T, "files", "resume without the optimizer's state", None, "load.load_optim", const=False),
+    active("--no-load-rng", T, "files", "resume without the random state", None, "load.load_rng", const=False),
+]
+
+DATA = [
+    active(
+        "--data-path",
+        T,
+        "data",
+        "what preprocess_data.py wrote: the value of --output-prefix, or any longer form down to a file name",
+        TEXT,
+        "data.data_path",
+        one_only="mixing several data sets comes with a later release; give one",
+        required=True,
+    ),
+    active("--split", T, "data", "shares of training, validation and test", SPLIT, "data.split", default_text="969,30,1"),
+    active("--no-shuffle", T, "data", "take the records in their own order", None, "data.shuffle", const=False),
+    active("--num-workers", T, "data", "processes that read data, per rank (0: in the rank itself)", COUNT_OR_ZERO, "data.num_workers"),
+]
+
+BATCH = [
+    active(
+        "--seq-length",
+        T,
+        "batch and length",
+        "longest record; longer ones are cut",
+        COUNT,
+        ("data.seq_length", "architecture.seq_length"),
+        unit="tokens",
+    ),
+    active("--micro-batch-size", T, "batch and length", "records per forward pass and replica", COUNT, "micro_batch_size"),
+    active(
+        "--global-batch-size",
+        T,
+        "batch and length",
+        "records per optimizer step; a multiple of micro batch size x data parallel size",
+        COUNT,
+        "global_batch_size",
+        default_text="micro batch size x data parallel size",
+    ),
+    active("--train-iters", T, "batch and length", "optimizer steps in all", COUNT, "train_iters", required=True),
+    active(
+        "--no-pad-to-seq-lengths",
+        T,
+        "batch and length",
+        "pad to the longest record of the global batch instead of --seq-length",
+        None,
+        "data.pad_to_seq_length",
+        const=False,
+    ),
+    active(
+        "--pad-to-multiple-of",
+        T,
+        "batch and length",
+        "round padded lengths up to a multiple of this",
+        COUNT,
+        "data.pad_to_multiple_of",
+        unit="tokens",
+    ),
+    active(
+        "--loss-normalization",
+        T,
+        "batch and length",
+        "tokens: mean over the trained tokens of the global batch; micro-batch: mean of the micro-batches' means (MindSpeed-LLM's default)",
+        TEXT,
+        "loss_normalization",
+        choices=("tokens", "micro-batch"),
+    ),
+]
+
+OPTIMIZER = [
+    active("--lr", T, "optimizer and schedule", "highest learning rate", POSITIVE, "optimizer.lr"),
+    active("--min-lr", T, "optimizer and schedule", "learning rate at the end of the decay", NOT_NEGATIVE, "optimizer.min_lr"),
+    active(
+        "--lr-decay-style",
+        T,
+        "optimizer and schedule",
+        "shape of the decay",
+        TEXT,
+        "optimizer.lr_decay_style",
+        choices=("linear", "cosine", "constant"),
+        not_yet={"inverse-square-root": LATER_SCHEDULE, "WSD": LATER_SCHEDULE},
+    ),
+    active(
+        "--lr-decay-iters",
+        T,
+        "optimizer and schedule",
+        "steps until --min-lr",
+        COUNT,
+        "optimizer.lr_decay_iters",
+        unit="steps",
+        default_text="--train-iters",
+    ),
+    active(
+        "--lr-warmup-fraction", T, "optimizer and schedule", "warm-up as a fraction of the decay", FRACTION, "optimizer.lr_warmup_fraction"
+    ),
+    active(
+        "--lr-warmup-iters",
+        T,
+        "optimizer and schedule",
+        "warm-up as a number of steps",
+        COUNT_OR_ZERO,
+        "optimizer.lr_warmup_iters",
+        unit="steps",
+    ),
+    active(
+        "--lr-warmup-init",
+        T,
+        "optimizer and schedule",
+        "learning rate at the start of the warm-up",
+        NOT_NEGATIVE,
+        "optimizer.lr_warmup_init",
+    ),
+    active("--weight-decay", T, "optimizer and schedule", "decoupled; not on norms and biases", NOT_NEGATIVE, "optimizer.weight_decay"),
+    active("--adam-beta1", T, "optimizer and schedule", "decay of the gradient's mean", DECAY, "optimizer.adam_beta1"),
+    active("--adam-beta2", T, "optimizer and schedule", "decay of the gradient's square", DECAY, "optimizer.adam_beta2"),
+    active("--adam-eps", T, "optimizer and schedule", "added to the denominator", POSITIVE, "optimizer.adam_eps"),
+    active(
+        "--clip-grad",
+        T,
+        "optimizer and schedule",
+        "largest norm of the whole gradient; 0: no clipping",
+        NOT_NEGATIVE,
+        "optimizer.clip_grad",
+    ),
+    active(
+        "--use-distributed-optimizer",
+        T,
+        "optimizer and schedule",
+        "cut optimizer state over the data-parallel ranks (ZeRO-1)",
+        None,
+        "optimizer.use_distributed_optimizer",
+    ),
+]
+
+EVALUATION = [
+    active(
+        "--eval-interval",
+        T,
+        "evaluation while training",
+        "validate every so many steps",
+        COUNT,
+        "eval_interval",
+        unit="steps",
+        default_text="never",
+    ),
+    active("--eval-iters", T, "evaluation while training", "global batches per validation; 0: none", COUNT_OR_ZERO, "eval_iters"),
+]
+
+SAVING = [
+    active(
+        "--save",
+        T,
+        "saving and logging",
+        "folder of checkpoints, logs and resume state",
+        PATH,
+        "save.save",
+        default_text="nothing is written",
+    ),
+    active(
+        "--save-interval",
+        T,
+        "saving and logging",
+        "save every so many steps",
+        COUNT,
+        "save.save_interval",
+        unit="steps",
+        default_text="at the end only",
+    ),
+    active("--no-save-optim", T, "saving and logging", "save no optimizer state", None, "save.save_optim", const=False),
+    active("--no-save-rng", T, "saving and logging", "save no random state", None, "save.save_rng", const=False),
+    active(
+        "--lora-ckpt-filter", T, "saving and logging", "save adapter tensors only (the default)", None, "save.lora_ckpt_filter", const=True
+    ),
+    active(
+        "--no-lora-ckpt-filter",
+        T,
+        "saving and logging",
+        "save base and adapter in one checkpoint",
+        None,
+        "save.lora_ckpt_filter",
+        const=False,
+    ),
+    active(
+        "--tensorboard-dir",
+        T,
+        "saving and logging",
+        "folder of TensorBoard events",
+        PATH,
+        "save.tensorboard_dir",
+        default_text="tensorboard under --save",
+    ),
+    active("--log-interval", T, "saving and logging", "print every so many steps", COUNT, "log_interval", unit="steps"),
+    active("--log-throughput", T, "saving and logging", "add tokens/s and TFLOP/s to the printed line", None, "log_throughput"),
+]
+
+MEMORY = [
+    active(
+        "--recompute-granularity",
+        T,
+        "memory",
+        "compute activations again in the backward pass: of whole layers, or of attention only",
+        TEXT,
+        "recompute.granularity",
+        choices=("full", "selective"),
+        default_text="off",
+    ),
+    active(
+        "--recompute-method",
+        T,
+        "memory",
+        "with full: the first layers of a stage (block), or groups of layers (uniform)",
+        TEXT,
+        "recompute.method",
+        choices=("block", "uniform"),
+    ),
+    active(
+        "--recompute-num-layers", T, "memory", "with full: layers of the block, or per group", COUNT, "recompute.num_layers", unit="layers"
+    ),
+    active(
+        "--pipeline-buffer-fraction",
+        T,
+        "memory",
+        "share of device memory that pipeline receive buffers may take",
+        SHARE,
+        "pipeline_buffer_fraction",
+    ),
+]
+
+FLAGS: list[Flag] = [*RESUMING, *DATA, *BATCH, *OPTIMIZER, *EVALUATION, *SAVING, *MEMORY]

@@ -1,0 +1,87 @@
+"""How the text of one flag becomes a value: each type says its rule once, for errors, help and the page of flags."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class ExplainedValueError(ValueError):
+    """A value breaks its rule, and the text says where."""
+
+
+@dataclass(frozen=True)
+class ValueType:
+    """A kind of value. ``parse`` raises ValueError where the text breaks ``rule``."""
+
+    metavar: str
+    rule: str
+    parse: Callable[[str], Any]
+
+
+def _whole_number(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise ValueError(text)
+        return value
+
+    return parse
+
+
+def _number(accepts: Callable[[float], bool]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value) or not accepts(value):
+            raise ValueError(text)
+        return value
+
+    return parse
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise ValueError(text)
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_text(text)).expanduser()
+
+
+def _split(text: str) -> tuple[float, float, float]:
+    shares = [float(part) for part in text.replace("/", ",").split(",") if part.strip()]
+    shares += [0.0] * (3 - len(shares))
+    if len(shares) != 3 or not all(math.isfinite(share) and share >= 0 for share in shares) or shares[0] <= 0:
+        raise ValueError(text)
+    return shares[0], shares[1], shares[2]
+
+
+def _json_object(text: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ExplainedValueError(f"not JSON at line {error.lineno} column {error.colno}: {error.msg}") from error
+    if not isinstance(value, dict):
+        raise ExplainedValueError(f"JSON, but {type(value).__name__} where an object is needed")
+    return value
+
+
+COUNT = ValueType("N", "a whole number of at least 1", _whole_number(1))
+COUNT_OR_ZERO = ValueType("N", "a whole number of at least 0", _whole_number(0))
+WHOLE = ValueType("N", "a whole number", _whole_number(-(2**63)))
+POSITIVE = ValueType("X", "a number above 0", _number(lambda value: value > 0))
+NOT_NEGATIVE = ValueType("X", "a number of at least 0", _number(lambda value: value >= 0))
+NUMBER = ValueType("X", "a number", _number(lambda value: True))
+FRACTION = ValueType("X", "a number from 0 to 1", _number(lambda value: 0 <= value <= 1))
+SHARE = ValueType("X", "a number above 0 and at most 1", _number(lambda value: 0 < value <= 1))
+DECAY = ValueType("X", "a number from 0 to below 1", _number(lambda value: 0 <= value < 1))
+TEXT = ValueType("TEXT", "a text that is not empty", _text)
+RAW_TEXT = ValueType("TEXT", "any text", str)
+PATH = ValueType("PATH", "a path", _path)
+SPLIT = ValueType("A,B,C", "three shares (train, validation, test) of at least 0, the first above 0, such as 100,0,0", _split)
+JSON_OBJECT = ValueType("JSON", 'a JSON object such as {"prompt": "question", "response": "answer"}', _json_object)
