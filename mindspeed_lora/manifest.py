@@ -35,7 +35,7 @@ class Manifest:
 
     ``layout``: tensor_parallel_size, pipeline_parallel_size, ...; ``lora``: r, alpha, targets, per_module;
     ``base``: path, fingerprint; ``template``: name, fingerprint, enable_thinking;
-    ``tokenizer``: path, fingerprint; ``counts``: records, tokens, parameters, ...
+    ``data``: input, handler, map_keys, seq_length; ``tokenizer``: path, fingerprint; ``counts``: records, tokens, parameters, ...
     """
 
     kind: str
@@ -46,6 +46,7 @@ class Manifest:
     tokenizer: dict[str, Any] | None = None
     template: dict[str, Any] | None = None
     base: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
     fingerprint: str | None = None
     iteration: int | None = None
     parts: list[Part] = field(default_factory=list)
@@ -101,6 +102,8 @@ def verify_parts(folder: Path, manifest: Manifest) -> None:
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, though {MANIFEST_NAME} lists it")
         if path.stat().st_size != part.bytes:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, but {MANIFEST_NAME} says {part.bytes}; the file is truncated or another one")
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size} bytes, but {MANIFEST_NAME} says {part.bytes}; the file is truncated or another one"
+            )
         if crc32_of(path) != part.crc32:
             raise CheckpointError(f"{path}: its CRC32 differs from the one in {MANIFEST_NAME}; the file was changed or is damaged")

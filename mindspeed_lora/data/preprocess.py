@@ -1,0 +1,233 @@
+"""``preprocess_data.py``: a file of records becomes ``<prefix>_packed_{input_ids,labels,attention_mask}_document.{bin,idx}``.
+
+The files are written beside their final place and renamed when all are complete; the manifest comes last. Running again
+replaces them the same way.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mindspeed_lora.arguments.configs import PreprocessConfig, TokenizerFlags
+from mindspeed_lora.data.encoding import EncodedChunk, Recipe, encode_chunks
+from mindspeed_lora.data.indexed_dataset import IndexedDatasetBuilder, bin_path, idx_path
+from mindspeed_lora.data.readers import RecordSource, open_records
+from mindspeed_lora.data.records import check_columns, columns_of
+from mindspeed_lora.data.sft_dataset import IGNORED, KEYS, key_stem, manifest_name
+from mindspeed_lora.data.templates import load_template
+from mindspeed_lora.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from mindspeed_lora.errors import DataError, UsageError
+from mindspeed_lora.files import fsync_path, temporary_name
+from mindspeed_lora.log import get_logger
+from mindspeed_lora.manifest import Manifest, part_of, write_manifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK_RECORDS = 500
+_NUMBERS_SHOWN = 10
+
+
+@dataclass
+class PreprocessReport:
+    """What became of the input. Record numbers count from 1."""
+
+    num_records: int = 0
+    num_written: int = 0
+    num_tokens: int = 0
+    num_trained_tokens: int = 0
+    longest: int = 0
+    skipped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # reason: first record numbers
+    num_skipped: Counter[str] = field(default_factory=Counter)  # by reason
+    notes: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    def add(self, chunk: EncodedChunk) -> None:
+        """Count one chunk."""
+        for number, reason in chunk.skipped:
+            self.num_skipped[reason] += 1
+            if len(self.skipped[reason]) < _NUMBERS_SHOWN:
+                self.skipped[reason].append(self.num_records + number + 1)
+        self.num_records += chunk.num_records
+        self.num_written += len(chunk.lengths)
+        self.num_tokens += len(chunk.ids)
+        self.num_trained_tokens += int(np.count_nonzero(chunk.labels != IGNORED))
+        self.longest = max(self.longest, int(chunk.lengths.max(initial=0)))
+        self.notes.update(chunk.notes)
+
+    def counts(self) -> dict[str, object]:
+        """For the manifest."""
+        return {
+            "records": self.num_records,
+            "written": self.num_written,
+            "skipped": dict(self.num_skipped),
+            "tokens": self.num_tokens,
+            "trained_tokens": self.num_trained_tokens,
+            "longest": self.longest,
+            "notes": {note: count for note, count in self.notes.items() if count},
+        }
+
+    def lines(self) -> list[str]:
+        """For people: one line a fact."""
+        lines = [f"{self.num_records:,} records read, {self.num_written:,} written, {sum(self.num_skipped.values()):,} skipped"]
+        lines += self.skipped_lines()
+        lines += [f"  note: {count:,} {note}" for note, count in self.notes.items() if count]
+        share = self.num_trained_tokens / max(self.num_tokens, 1)
+        lines.append(f"{self.num_tokens:,} tokens, {share:.1%} of them trained; the longest record has {self.longest:,}")
+        lines.append(f"{self.seconds:.1f} s, {self.num_records / max(self.seconds, 1e-9):,.0f} records/s")
+        return lines
+
+    def skipped_lines(self) -> list[str]:
+        """One line for each reason: how many, and the first record numbers."""
+        lines = []
+        for reason, count in self.num_skipped.most_common():
+            numbers = ", ".join(map(str, self.skipped[reason])) + (", ..." if count > len(self.skipped[reason]) else "")
+            lines.append(f"  skipped {count:,}: {reason} (record {numbers})")
+        return lines
+
+
+def preprocess(config: PreprocessConfig) -> int:
+    """Write the dataset, log the report, return the exit code 0."""
+    report = write_dataset(config)
+    logger = get_logger()
+    for line in report.lines():
+        logger.info(line)
+    stems = ",".join(KEYS)
+    logger.info(f"wrote {config.output_prefix}_packed_{{{stems}}}_document.{{bin,idx}} and {manifest_name(config.output_prefix)}")
+    logger.info(f"next: posttrain_gpt.py ... --data-path {config.output_prefix}")
+    return 0
+
+
+def write_dataset(config: PreprocessConfig) -> PreprocessReport:
+    """Read, encode and write; on any error nothing is left behind, and files of an earlier run stay as they were.
+
+    Raises:
+        UsageError: a flag, a column or a template that does not fit.
+        DataError: the input is damaged or empty, or no record of it could be used.
+    """
+    start = time.monotonic()
+    if config.workers < 1:
+        raise UsageError(f"--workers {config.workers}: give the number of processes, 1 or more")
+    if config.seq_length is not None and config.seq_length < 2:
+        raise UsageError(f"--seq-length {config.seq_length}: give a number of tokens, 2 or more")
+    columns = columns_of(config.handler_name, config.map_keys)
+    template = load_template(config.template.prompt_type, config.template.prompt_type_path)
+    thinking = template.check_thinking(config.template.enable_thinking or "none")
+    source = open_records(config.input)
+    used = {getattr(columns, name) for name in columns.__dataclass_fields__ if name != "tags"} - {None}
+    found = source.columns(used)
+    if not found:
+        raise DataError(f"--input {config.input}: no records in it")
+    check_columns(columns, config.map_keys, found)
+    tokenizer = load_tokenizer(config.tokenizer)
+    recipe = Recipe(template, thinking, columns, config.seq_length, config.append_eod)
+    _warn_about(recipe, tokenizer)
+    report = PreprocessReport()
+    with _staged(config.output_prefix) as staging:
+        _write_files(config, source, tokenizer, recipe, staging, report)
+        if not report.num_written:
+            reasons = "\n".join(report.skipped_lines())
+            raise DataError(f"--input {config.input}: none of {report.num_records} records could be used, nothing is written\n{reasons}")
+        _publish(config.output_prefix, staging, _manifest(config, source, tokenizer, recipe, report))
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def _warn_about(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    template = recipe.template
+    if not template.has_stop:
+        get_logger().warning(f"template {template.name!r} ends no answer with a stop token: a model trained on it does not learn to stop")
+    missing = [word for word in template.stop_words if word not in tokenizer.get_vocab()]
+    if missing:
+        get_logger().warning(
+            f"the tokenizer at {tokenizer.name_or_path} has no token {', '.join(missing)}, which ends the answers of template "
+            f"{template.name!r}; is --prompt-type right for this model?"
+        )
+
+
+def _write_files(
+    config: PreprocessConfig,
+    source: RecordSource,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    staging: Path,
+    report: PreprocessReport,
+) -> None:
+    from tqdm import tqdm
+
+    # the workers load what the parent loaded, whichever flag it came from
+    flags = TokenizerFlags(Path(tokenizer.name_or_path), config.tokenizer.use_fast, config.tokenizer.trust_remote_code)
+    size = max(1, min(CHUNK_RECORDS, (source.count() or CHUNK_RECORDS * config.workers) // config.workers))
+    chunks = encode_chunks(source.batches(size), tokenizer, flags, recipe, config.workers)
+    with ExitStack() as stack:
+        builders = {key: stack.enter_context(IndexedDatasetBuilder(key_stem(staging / config.output_prefix.name, key))) for key in KEYS}
+        bar = stack.enter_context(tqdm(total=source.count(), unit="record", desc="preprocess", miniters=config.log_interval))
+        for chunk in chunks:
+            values = {"input_ids": chunk.ids, "labels": chunk.labels, "attention_mask": np.ones_like(chunk.ids)}
+            for key, builder in builders.items():
+                builder.add_documents(values[key], chunk.lengths, chunk.sequences_per_document)
+            report.add(chunk)
+            bar.update(chunk.num_records)
+        for builder in builders.values():
+            builder.finish()
+
+
+def _manifest(
+    config: PreprocessConfig, source: RecordSource, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, report: PreprocessReport
+) -> Manifest:
+    return Manifest(
+        kind="data",
+        dtype="int32",
+        tokenizer={"path": tokenizer.name_or_path, "fingerprint": tokenizer_fingerprint(tokenizer)},
+        template={"name": recipe.template.name, "fingerprint": recipe.template.fingerprint(), "enable_thinking": recipe.thinking},
+        data={
+            "input": [str(path) for path in source.files],
+            "handler": config.handler_name,
+            "map_keys": config.map_keys,
+            "seq_length": config.seq_length,
+            "append_eod": config.append_eod,
+        },
+        counts=report.counts(),
+    )
+
+
+def _publish(prefix: Path, staging: Path, manifest: Manifest) -> None:
+    """Move the finished files to their names; the manifest goes first when it is old and comes last when it is new."""
+    names = [path(key_stem(staging / prefix.name, key)).name for key in KEYS for path in (bin_path, idx_path)]
+    manifest = replace(manifest, parts=[part_of(staging, staging / name) for name in names])
+    write_manifest(staging, manifest, manifest_name(prefix))
+    if any((prefix.parent / name).exists() for name in names):
+        get_logger().info(f"replacing {prefix}_packed_*_document.bin and .idx of an earlier run")
+    (prefix.parent / manifest_name(prefix)).unlink(missing_ok=True)
+    for name in [*names, manifest_name(prefix)]:
+        fsync_path(staging / name)
+        (staging / name).replace(prefix.parent / name)
+    fsync_path(prefix.parent)
+
+
+@contextmanager
+def _staged(prefix: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside ``prefix`` that vanishes afterwards; folders made for it vanish too unless something was put there."""
+    if not prefix.name:
+        raise UsageError(f"--output-prefix {prefix}: give a folder and the beginning of a file name, such as dataset/alpaca")
+    made = [folder for folder in (prefix.parent, *prefix.parent.parents) if not folder.exists()]
+    staging = temporary_name(prefix)
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+    except OSError as error:
+        raise DataError(f"--output-prefix {prefix}: cannot write there: {error.strerror or error} ({error.filename or staging})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
