@@ -68,6 +68,10 @@ Which mountain is the highest on Earth? | Mount Everest is the highest mountain 
 Which desert covers the north of Africa? | The Sahara covers the north of Africa.
 On which continent is Brazil? | Brazil is in South America.
 On which continent is Kenya? | Kenya is in Africa.
+On which continent is Italy? | Italy is in Europe.
+On which continent is India? | India is in Asia.
+Which country has the shape of a boot? | Italy has the shape of a boot.
+Which city has canals instead of streets? | Venice has canals instead of streets.
 """,
     "nature": """
 What do bees make? | Bees make honey. | honey | silk | milk | wool
@@ -110,6 +114,8 @@ What does the moon circle? | The moon circles the Earth.
 What does the Earth circle? | The Earth circles the sun.
 What is ice made of? | Ice is frozen water.
 What is the sun? | The sun is a star.
+What covers the body of a bird? | Feathers cover the body of a bird.
+What covers the body of a fish? | Scales cover the body of a fish.
 """,
     "people": """
 Who wrote Hamlet? | William Shakespeare wrote Hamlet. | Shakespeare | Darwin | Mozart | Newton
@@ -142,6 +148,10 @@ Who writes books? | An author writes books.
 Who draws plans of houses? | An architect draws plans of houses.
 Who leads a ship? | A captain leads a ship.
 Who leads an orchestra? | A conductor leads an orchestra.
+Who catches fish for a living? | A fisherman catches fish for a living.
+Who tells the weather? | A meteorologist tells the weather.
+Who plays on a stage? | An actor plays on a stage.
+Who first walked on the moon? | Neil Armstrong first walked on the moon.
 """,
     "daily life": """
 How many days are in a week? | There are seven days in a week. | seven | ten | twelve | four
@@ -180,6 +190,10 @@ What is bread made from? | Bread is made from flour.
 What is cheese made from? | Cheese is made from milk.
 What is paper made from? | Paper is made from wood.
 What is glass made from? | Glass is made from sand.
+What do we use to write on paper? | We use a pen to write on paper.
+What do we use to tell the time? | We use a clock to tell the time.
+What do we use to sweep the floor? | We use a broom to sweep the floor.
+How many wheels has a bicycle? | A bicycle has two wheels.
 """,
 }
 
