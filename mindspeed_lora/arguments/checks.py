@@ -134,7 +134,8 @@ def _check_training(values: Values, sources: Sources) -> list[str]:
         )
     if values.get("parallel.layers_per_virtual_stage") and values.get("parallel.pipeline_parallel_size", 1) == 1:
         raise UsageError(
-            f"--num-layers-per-virtual-pipeline-stage {values['parallel.layers_per_virtual_stage']} needs --pipeline-model-parallel-size of at least 2; "
+            f"--num-layers-per-virtual-pipeline-stage {values['parallel.layers_per_virtual_stage']} needs --pipeline-model-parallel-size "
+            "of at least 2; "
             "with one stage there is nothing to interleave"
         )
     notes = []
@@ -175,7 +176,8 @@ def _check_conversion(values: Values, sources: Sources) -> None:
         for path, value in neutral.items():
             if values.get(path, value) != value:
                 raise UsageError(
-                    f"{sources[path]} {values[path]} with --save-model-type hf: Hugging Face files are not cut into shards; use 1 or leave it out"
+                    f"{sources[path]} {values[path]} with --save-model-type hf: Hugging Face files are not cut into shards; use 1 or "
+                    "leave it out"
                 )
     if values["load_dir"].resolve() == values["save_dir"].resolve() and values["save_model_type"] != "hf":
         raise UsageError(f"--save-dir {values['save_dir']} is --load-dir as well; give another folder to write to")
@@ -202,7 +204,8 @@ def resolve_global_batch_size(config: TrainConfig, data_parallel_size: int) -> i
     total = config.global_batch_size or unit
     if total % unit:
         raise UsageError(
-            f"--global-batch-size {total} is not a multiple of --micro-batch-size {config.micro_batch_size} x data parallel size {data_parallel_size} "
+            f"--global-batch-size {total} is not a multiple of --micro-batch-size {config.micro_batch_size} x data parallel size "
+            f"{data_parallel_size} "
             f"= {unit}; use {_nearby_multiples(total, unit)}"
         )
     return total

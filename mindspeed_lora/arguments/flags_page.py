@@ -14,14 +14,19 @@ from mindspeed_lora.files import write_text
 
 INTRODUCTION = f"""# Flags
 
-This page is written from the flag registry (`mindspeed_lora/arguments/`) by `python -m mindspeed_lora.arguments.flags_page docs/flags.md`; a test compares them.
+This page is written from the flag registry (`mindspeed_lora/arguments/`) by
+`python -m mindspeed_lora.arguments.flags_page docs/flags.md`; a test compares them.
 
-A flag is *active*; or *accepted*: MindSpeed-LLM's scripts pass it, it is valid, and there is nothing to do here, for the reason given; or *refused*: it would
-change the result and is not supported, for the reason given. The {len(SCRIPT_NAMES)} flags that MindSpeed-LLM's example scripts pass are all here. A further
-{len(DECLARED_NAMES)} that its parsers declare are known by name: the error says that they are not supported. Anything else is a misspelling: the error says
-the nearest name. There are no abbreviations. Every error of the command line has exit code 2.
+- *Active*: the flag does something.
+- *Accepted*: MindSpeed-LLM's scripts pass it, it is valid, and there is nothing to do here, for the reason given; the log says so.
+- *Refused*: it would change the result and is not supported, for the reason given.
 
-A flag given twice: the last one counts, and the log says so. Two flags that contradict each other (`--bf16 --params-dtype fp32`) are an error.
+The {len(SCRIPT_NAMES)} flags that MindSpeed-LLM's example scripts pass are all here.
+A further {len(DECLARED_NAMES)} that its parsers declare are known by name: the error says that they are not supported. Anything else is a misspelling: the error says the nearest name.
+There are no abbreviations. Every error of the command line has exit code 2.
+
+A flag given twice: the last one counts, and the log says so.
+Two flags that contradict each other (`--bf16 --params-dtype fp32`) are an error.
 """
 
 
@@ -58,15 +63,18 @@ def _commands(flag: Flag) -> str:
     return ", ".join(name.removesuffix(".py") for name in COMMANDS if name in flag.commands)
 
 
+def _only(flag: Flag) -> str:
+    """The values an accepted flag may have, and what the others get."""
+    if not flag.only:
+        return ""
+    values = ", ".join(f"`{value:g}`" if isinstance(value, float) else f"`{value}`" for value in flag.only)
+    return f" (only {values}; else: {flag.otherwise})"
+
+
 def _peer_section(status: str, title: str) -> list[str]:
     lines = [f"## {title}", "", "| flag | commands | reason |", "|---|---|---|"]
     for flag in sorted((flag for flag in FLAGS if flag.status == status), key=lambda flag: flag.name):
-        only = (
-            f" (only {', '.join(f'`{value:g}`' if isinstance(value, float) else f'`{value}`' for value in flag.only)}; else: {flag.otherwise})"
-            if flag.only
-            else ""
-        )
-        lines.append(f"| {_usage(flag)} | {_commands(flag)} | {_cell(flag.reason + only)} |")
+        lines.append(f"| {_usage(flag)} | {_commands(flag)} | {_cell(flag.reason + _only(flag))} |")
     return [*lines, ""]
 
 

@@ -55,7 +55,8 @@ MODEL = [
         dest=("rope_scaling_type",),
     ),
     *accepted(
-        "rope-scaling-factor rope-scaling-original-max-position-embeddings rope-scaling-mscale rope-scaling-mscale-all-dim beta-fast beta-slow "
+        "rope-scaling-factor rope-scaling-original-max-position-embeddings rope-scaling-mscale rope-scaling-mscale-all-dim beta-fast "
+        "beta-slow "
         "low-freq-factor high-freq-factor original-max-position-embeddings",
         RUNS,
         "rope scaling is read from config.json",
@@ -89,7 +90,8 @@ MODEL = [
 
 KERNELS = [
     *accepted(
-        "use-flash-attn use-fused-rmsnorm use-fused-rotary-pos-emb use-fused-swiglu no-rope-fusion no-bias-swiglu-fusion no-bias-dropout-fusion "
+        "use-flash-attn use-fused-rmsnorm use-fused-rotary-pos-emb use-fused-swiglu no-rope-fusion no-bias-swiglu-fusion "
+        "no-bias-dropout-fusion "
         "no-masked-softmax-fusion use-fusion-attn-v2",
         RUNS,
         "the fastest kernel of the device is always taken",

@@ -22,16 +22,20 @@ TORCHRUN = "this flag belongs to torchrun: put it before the name of the program
 
 EXPERT_FLAGS = [
     *refused(
-        "num-experts moe-ffn-hidden-size moe-intermediate-size moe-router-topk moe-router-load-balancing-type moe-token-dispatcher-type moe-layer-freq "
-        "moe-aux-loss-coeff moe-router-num-groups moe-router-group-topk moe-router-topk-scaling-factor moe-router-score-function moe-router-dtype "
+        "num-experts moe-ffn-hidden-size moe-intermediate-size moe-router-topk moe-router-load-balancing-type moe-token-dispatcher-type "
+        "moe-layer-freq "
+        "moe-aux-loss-coeff moe-router-num-groups moe-router-group-topk moe-router-topk-scaling-factor moe-router-score-function "
+        "moe-router-dtype "
         "moe-input-jitter-eps moe-shared-expert-intermediate-size moe-zero-memory n-shared-experts first-k-dense-replace num-zero-experts",
         MODELS,
         EXPERTS,
         TEXT,
     ),
     *refused(
-        "moe-grouped-gemm moe-permutation-async-comm moe-alltoall-overlap-comm moe-permute-fusion moe-router-enable-expert-bias moe-tp-extend-ep moe-fb-overlap "
-        "moe-router-pre-softmax seq-aux router-gating-in-fp32 topk-softmax-in-fp32 shared-expert-gate use-fused-moe-token-permute-and-unpermute",
+        "moe-grouped-gemm moe-permutation-async-comm moe-alltoall-overlap-comm moe-permute-fusion moe-router-enable-expert-bias "
+        "moe-tp-extend-ep moe-fb-overlap "
+        "moe-router-pre-softmax seq-aux router-gating-in-fp32 topk-softmax-in-fp32 shared-expert-gate "
+        "use-fused-moe-token-permute-and-unpermute",
         MODELS,
         EXPERTS,
     ),
@@ -40,7 +44,8 @@ EXPERT_FLAGS = [
 LATENT_FLAGS = [
     *refused("q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim index-topk index-n-heads", MODELS, LATENT, TEXT),
     *refused(
-        "multi-latent-attention mla-mm-split mla-fa-without-pad enable-dsa-indexer use-fused-lightning-indexer enable-mla-scale-q-lora enable-mla-scale-kv-lora",
+        "multi-latent-attention mla-mm-split mla-fa-without-pad enable-dsa-indexer use-fused-lightning-indexer enable-mla-scale-q-lora "
+        "enable-mla-scale-kv-lora",
         MODELS,
         LATENT,
     ),
@@ -50,7 +55,8 @@ LATENT_FLAGS = [
 
 FAMILY_FLAGS = [
     *refused(
-        "query-pre-attn-scalar interleave-sliding-window output-logit-softcapping attn-logit-softcapping fc-type partial-rotary-factor longrope-freqs-type "
+        "query-pre-attn-scalar interleave-sliding-window output-logit-softcapping attn-logit-softcapping fc-type partial-rotary-factor "
+        "longrope-freqs-type "
         "long-factor short-factor long-mscale short-mscale dynamic-factor",
         MODELS,
         FAMILY,
@@ -63,7 +69,8 @@ FAMILY_FLAGS = [
         FAMILY,
     ),
     *refused(
-        "full-attention-interval linear-key-head-dim linear-num-key-heads linear-num-value-heads linear-value-head-dim mamba-chunk-size mamba-d-conv mamba-expand "
+        "full-attention-interval linear-key-head-dim linear-num-key-heads linear-num-value-heads linear-value-head-dim mamba-chunk-size "
+        "mamba-d-conv mamba-expand "
         "mamba-head-dim mamba-num-groups mamba-state-dim",
         MODELS,
         LINEAR_ATTENTION,

@@ -6,7 +6,7 @@ from mindspeed_lora.arguments.flag import CONVERT, PREPROCESS, Flag, accepted, a
 from mindspeed_lora.arguments.values import COUNT, JSON_OBJECT, PATH, TEXT, WHOLE
 
 C, P = (CONVERT,), (PREPROCESS,)
-LATER_HANDLER = "this handler comes with a later release; use AlpacaStyleInstructionHandler"
+LATER_HANDLER = "this handler comes with a later release; use AlpacaStyleInstructionHandler or SharegptStyleInstructionHandler"
 HANDLERS_NOT_YET = [
     "SharegptStyleInstructionHandler",
     "AlpacaStylePairwiseHandler",
@@ -174,17 +174,17 @@ PREPROCESSING = [
         "form of the records",
         TEXT,
         "handler_name",
-        choices=("AlpacaStyleInstructionHandler",),
+        choices=("AlpacaStyleInstructionHandler", "SharegptStyleInstructionHandler"),
         not_yet=dict.fromkeys(HANDLERS_NOT_YET, LATER_HANDLER),
     ),
     active(
         "--map-keys",
         P,
         "data",
-        "names of the columns prompt, query, response, history and system, where they differ",
+        "names of the columns, where they differ: prompt, query, response, history, system (Alpaca); messages, system, tags (ShareGPT)",
         JSON_OBJECT,
         "map_keys",
-        default_text="instruction, input, output; no history, no system",
+        default_text="prompt: instruction, query: input, response: output, messages: conversations",
     ),
     active("--json-keys", P, "data", "columns of plain text; instruction data does not read them", TEXT, "json_keys", many=True),
     active("--append-eod", P, "data", "end every record with the end-of-document token", None, "append_eod"),

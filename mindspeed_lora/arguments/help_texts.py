@@ -22,30 +22,39 @@ USAGES = {
 
 EXAMPLES = {
     CONVERT: (
-        "python convert_ckpt.py --load-model-type hf --save-model-type mg --target-tensor-parallel-size 1 --target-pipeline-parallel-size 2 "
+        "python convert_ckpt.py --load-model-type hf --save-model-type mg --target-tensor-parallel-size 1 "
+        "--target-pipeline-parallel-size 2 "
         "--load-dir model_from_hf/qwen3_hf --save-dir model_weights/qwen3_mcore",
         "python convert_ckpt.py --load-model-type mg --save-model-type hf --load-dir model_weights/qwen3_mcore --lora-load ckpt/lora "
         "--save-dir model_from_hf/qwen3_hf",
     ),
     PREPROCESS: (
-        "python preprocess_data.py --input dataset/alpaca.parquet --output-prefix finetune_dataset/alpaca --tokenizer-name-or-path model_from_hf/qwen3_hf "
+        "python preprocess_data.py --input dataset/alpaca.parquet --output-prefix finetune_dataset/alpaca --tokenizer-name-or-path "
+        "model_from_hf/qwen3_hf "
         "--prompt-type qwen3 --workers 4",
-        "python preprocess_data.py --input dataset/mine.jsonl --output-prefix finetune_dataset/mine --tokenizer-name-or-path model_from_hf/qwen3_hf "
+        "python preprocess_data.py --input dataset/mine.jsonl --output-prefix finetune_dataset/mine --tokenizer-name-or-path "
+        "model_from_hf/qwen3_hf "
         '--prompt-type qwen3 --map-keys \'{"prompt": "question", "query": "", "response": "answer"}\'',
     ),
     TRAIN: (
-        "torchrun --nproc_per_node 2 posttrain_gpt.py --load model_weights/qwen3_mcore --data-path finetune_dataset/alpaca --save ckpt/lora "
-        "--pipeline-model-parallel-size 2 --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2 --lora-fusion --bf16 --train-iters 2000",
-        "python posttrain_gpt.py --load model_from_hf/qwen3_hf --data-path finetune_dataset/alpaca --save ckpt/full --lr 1e-5 --train-iters 100",
+        "torchrun --nproc_per_node 2 posttrain_gpt.py --load model_weights/qwen3_mcore --data-path finetune_dataset/alpaca --save "
+        "ckpt/lora "
+        "--pipeline-model-parallel-size 2 --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2 --lora-fusion --bf16 "
+        "--train-iters 2000",
+        "python posttrain_gpt.py --load model_from_hf/qwen3_hf --data-path finetune_dataset/alpaca --save ckpt/full --lr 1e-5 "
+        "--train-iters 100",
     ),
     INFER: (
-        'torchrun --nproc_per_node 2 inference.py --load model_weights/qwen3_mcore --lora-load ckpt/lora --pipeline-model-parallel-size 2 --prompt "Who are you?"',
+        "torchrun --nproc_per_node 2 inference.py --load model_weights/qwen3_mcore --lora-load ckpt/lora --pipeline-model-parallel-size "
+        '2 --prompt "Who are you?"',
         'python inference.py --load model_from_hf/qwen3_hf --prompt-type qwen3 --task greedy --max-new-tokens 64 --prompt "Who are you?"',
     ),
     EVALUATE: (
-        "torchrun --nproc_per_node 2 evaluation.py --load model_weights/qwen3_mcore --lora-load ckpt/lora --pipeline-model-parallel-size 2 --task mmlu "
+        "torchrun --nproc_per_node 2 evaluation.py --load model_weights/qwen3_mcore --lora-load ckpt/lora --pipeline-model-parallel-size "
+        "2 --task mmlu "
         "--task-data-path mmlu/test",
-        "python evaluation.py --load model_from_hf/qwen3_hf --task mmlu --task-data-path mmlu --max-eval-samples 20 --output-path scores.json",
+        "python evaluation.py --load model_from_hf/qwen3_hf --task mmlu --task-data-path mmlu --max-eval-samples 20 --output-path "
+        "scores.json",
     ),
 }
 

@@ -100,8 +100,8 @@ def _default_text(flag: Flag, defaults: dict[str, Any]) -> str:
 
 def help_text(flag: Flag, defaults: dict[str, Any]) -> str:
     """The line of help: meaning, values, unit, default."""
-    details = [f"one of {', '.join(map(str, flag.choices))}" if flag.choices and not flag.many else "", flag.unit and f"in {flag.unit}"]
-    details.append(_default_text(flag, defaults))
+    choices = f"one of {', '.join(map(str, flag.choices))}" if flag.choices and not flag.many else ""
+    details = [choices, flag.unit and f"in {flag.unit}", _default_text(flag, defaults)]
     shown = "; ".join(detail for detail in details if detail)
     return f"{flag.help} ({shown})" if shown else flag.help
 
@@ -109,7 +109,8 @@ def help_text(flag: Flag, defaults: dict[str, Any]) -> str:
 def _epilog(command: str) -> str:
     accepted = [flag.name for flag in flags_of(command).values() if flag.status == ACCEPTED]
     lines = [
-        f"{len(accepted)} further flags of MindSpeed-LLM's scripts are accepted and have nothing to do here; docs/flags.md says why, flag by flag.",
+        f"{len(accepted)} further flags of MindSpeed-LLM's scripts are accepted and have nothing to do here; docs/flags.md says why, "
+        "flag by flag.",
         "",
         "examples:",
         *(f"  {example}" for example in EXAMPLES[command]),
