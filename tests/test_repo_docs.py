@@ -1,4 +1,4 @@
-"""Documents and repository files: every command printed in a document parses, links lead somewhere, bundled data is as its generator says."""
+"""Documents and repository files: printed commands parse, links lead somewhere, bundled data is as its generator says."""
 
 from __future__ import annotations
 
