@@ -33,7 +33,7 @@ class Adapter(ABC):
     lora: LoraSpec | None
     iteration: int
     manifest: Manifest | None
-    base_reference: tuple[str, str | None] | None  # (path, fingerprint) of the base it was trained on
+    base_reference: dict[str, str | None] | None  # path and fingerprint of the base it was trained on
     found_r: int
     found_targets: tuple[str, ...]
     num_layers: int
@@ -120,10 +120,10 @@ def _ordered(targets: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(targets, key=lambda target: (order.get(target, len(order)), target)))
 
 
-def _reference(manifest: Manifest | None) -> tuple[str, str | None] | None:
+def _reference(manifest: Manifest | None) -> dict[str, str | None] | None:
     if manifest is None or not manifest.base:
         return None
-    return str(manifest.base.get("path", "")), manifest.base.get("fingerprint")
+    return {"path": str(manifest.base.get("path", "")), "fingerprint": manifest.base.get("fingerprint")}
 
 
 class MegatronAdapter(Adapter):
@@ -187,7 +187,7 @@ class PeftAdapter(Adapter):
         self.lora = LoraSpec(self.found_r, alpha, self.found_targets)
         reference = _reference(self.manifest)
         base_path = values.get("base_model_name_or_path")
-        self.base_reference = reference or ((str(base_path), None) if base_path else None)
+        self.base_reference = reference or ({"path": str(base_path), "fingerprint": None} if base_path else None)
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name not in self._tensors:

@@ -57,12 +57,23 @@ def chunk_rows(table: WeightTable, layout: Layout, stage: int, chunk: int) -> It
         yield from ((row.megatron, row, None) for row in table.rows if row.place == "head" and not (row.alias_of and alone))
 
 
-def extra_state_name(name: str, row: Row, following: str | None) -> str | None:
-    """``<linear>._extra_state`` after the last tensor of a linear, as the peer stores it (value None)."""
-    prefix = name.rpartition(".")[0]
-    if not row.linear or (following is not None and following.rpartition(".")[0] == prefix):
-        return None
-    return f"{prefix}._extra_state"
+def chunk_keys(table: WeightTable, layout: Layout, stage: int, chunk: int) -> list[tuple[str, Row | None, int | None]]:
+    """:func:`chunk_rows` and, with row None, the keys that the peer stores with the value None.
+
+    Those are ``<linear>._extra_state``, after the last tensor of each linear; the head has one even where it is tied away.
+    """
+    keys: list[tuple[str, Row | None, int | None]] = []
+    rows = list(chunk_rows(table, layout, stage, chunk))
+    for index, (name, row, layer) in enumerate(rows):
+        keys.append((name, row, layer))
+        prefix = name.rpartition(".")[0]
+        following = rows[index + 1][0].rpartition(".")[0] if index + 1 < len(rows) else ""
+        if row.linear and following != prefix:
+            keys.append((f"{prefix}._extra_state", None, layer))
+    head = [row for row in table.rows if row.place == "head" and row.linear and row.alias_of]
+    if head and rows and rows[-1][1].place == "head" and rows[-1][1] not in head:
+        keys.append((f"{head[0].megatron.rpartition('.')[0]}._extra_state", None, None))
+    return keys
 
 
 def megatron_args(

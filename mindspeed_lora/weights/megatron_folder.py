@@ -146,7 +146,7 @@ class MegatronFolder:
 
     def _place_layers(self) -> list[tuple[int, int, int]]:
         """Global layer -> (stage, chunk, local number): chunk by chunk, stage by stage."""
-        places = []
+        places: list[tuple[int, int, int]] = []
         gaps_allowed = bool(getattr(self.args, "noop_layers", None))
         for chunk in range(self.num_chunks):
             for stage in range(self.pp_size):

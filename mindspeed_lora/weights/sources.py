@@ -49,6 +49,10 @@ class Base(ABC):
         """
 
     @abstractmethod
+    def part_dtypes(self, row: Row, layer: int | None) -> list[torch.dtype]:
+        """dtype of each part, without reading it; Raises as :meth:`parts`."""
+
+    @abstractmethod
     def check_coverage(self, table: WeightTable) -> None:
         """Whether every key is accounted for exactly once, with the right shape.
 
@@ -126,6 +130,10 @@ class HFBase(Base):
         """See the base class."""
         return [stored.read() for stored in self._stored(row, layer)]
 
+    def part_dtypes(self, row: Row, layer: int | None) -> list[torch.dtype]:
+        """See the base class."""
+        return [stored.dtype for stored in self._stored(row, layer)]
+
     def _head(self, table: WeightTable, row: Row, layer: int | None) -> list[tuple[torch.dtype, bytes]]:
         return [(stored.dtype, stored.head(FINGERPRINT_BYTES)) for stored in self._stored(row, layer)]
 
@@ -194,6 +202,10 @@ class MegatronBase(Base):
         shards = self._shards(row, layer)
         self._check_shapes(row, layer, shards)
         return unshard(row, shards)
+
+    def part_dtypes(self, row: Row, layer: int | None) -> list[torch.dtype]:
+        """See the base class."""
+        return [self._shards(row, layer)[0].dtype] * len(row.hf)
 
     def _check_shapes(self, row: Row, layer: int | None, shards: list[torch.Tensor]) -> None:
         name, tp_size = row.name(layer), len(shards)

@@ -52,7 +52,7 @@ class InertObject:
             self.state = state
 
 
-class InertMapping(dict):  # type: ignore[type-arg]
+class InertMapping(dict):
     """Stands for ``collections.defaultdict`` and the like: its items, without its factory."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> InertMapping:

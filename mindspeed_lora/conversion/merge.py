@@ -1,0 +1,71 @@
+"""The weights that a conversion writes: the base's own, or ``W + scale * B A`` in fp32 and cast once.
+
+What the cast takes away from the adapter is measured: with delta = scale B A and merged the stored result,
+share = |(merged - W) - delta| / |delta| (Frobenius norms over all tensors of a module kind).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+
+from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.sources import Adapter, Base
+from mindspeed_lora.weights.table import Row
+
+
+@dataclass
+class RoundingReport:
+    """Sums of squares per module kind; each base tensor counts once."""
+
+    delta: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    lost: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    seen: set[tuple[str, int | None]] = field(default_factory=set)
+
+    def add(self, row: Row, layer: int | None, delta: torch.Tensor, stored_change: torch.Tensor) -> None:
+        """Count one part (all fp32)."""
+        self.delta[str(row.module)] += float(delta.double().square().sum())
+        self.lost[str(row.module)] += float((stored_change.double() - delta.double()).square().sum())
+
+    def shares(self) -> dict[str, float]:
+        """Share lost in [0, ..] per module kind and in ``total``; an adapter that changes nothing loses nothing."""
+        sums = {name: (self.lost[name], self.delta[name]) for name in self.delta}
+        sums["total"] = (sum(self.lost.values()), sum(self.delta.values()))
+        return {name: math.sqrt(lost / delta) if delta else 0.0 for name, (lost, delta) in sums.items()}
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the adapter's contribution is zero everywhere."""
+        return bool(self.delta) and sum(self.delta.values()) == 0.0
+
+
+class WeightStream:
+    """Hands out the tensors to write, one row at a time, in the target's dtype."""
+
+    def __init__(self, base: Base, adapter: Adapter | None, lora: LoraSpec | None, dtype: torch.dtype | None) -> None:
+        self.base, self.adapter, self.lora, self.dtype = base, adapter, lora, dtype
+        self.report = RoundingReport()
+
+    def part_dtypes(self, row: Row, layer: int | None) -> list[torch.dtype]:
+        """dtype that each HF part will have."""
+        return [self.dtype or dtype for dtype in self.base.part_dtypes(row, layer)]
+
+    def parts(self, row: Row, layer: int | None) -> list[torch.Tensor]:
+        """The HF parts of one row, merged where the adapter targets it, each cast once."""
+        parts, dtypes = self.base.parts(row, layer), self.part_dtypes(row, layer)
+        if self.adapter is None or self.lora is None or row.module not in self.lora.targets:
+            return [part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
+        matrix_a, matrices_b = self.adapter.lora_parts(row, layer)
+        matrix_a = matrix_a.float()
+        merged = []
+        for part, matrix_b, dtype in zip(parts, matrices_b, dtypes, strict=True):
+            delta = self.lora.scale * (matrix_b.float() @ matrix_a)
+            result = (part.float() + delta).to(dtype)
+            if (row.megatron, layer) not in self.report.seen:
+                self.report.add(row, layer, delta, result.float() - part.float())
+            merged.append(result)
+        self.report.seen.add((row.megatron, layer))
+        return merged

@@ -1,0 +1,143 @@
+"""``convert_ckpt.py``: Hugging Face <-> Megatron V1, re-cutting, merging an adapter, exporting it to PEFT."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mindspeed_lora.arguments.configs import ConvertConfig
+from mindspeed_lora.conversion.hf_to_megatron import write_megatron
+from mindspeed_lora.conversion.megatron_to_hf import write_hugging_face
+from mindspeed_lora.conversion.merge import RoundingReport, WeightStream
+from mindspeed_lora.conversion.output import copy_model_files, hf_target, megatron_target, staged_folder
+from mindspeed_lora.conversion.plan import Plan, adapter_values, check_flags, config_candidates, make_plan
+from mindspeed_lora.errors import CheckpointError
+from mindspeed_lora.log import get_logger
+from mindspeed_lora.manifest import Manifest, part_of, write_manifest
+from mindspeed_lora.weights.families import check_model_type, model_config_from_hf
+from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.peft_files import write_peft_adapter
+from mindspeed_lora.weights.sources import open_adapter, open_base
+from mindspeed_lora.weights.table import WeightTable
+
+
+def convert(config: ConvertConfig) -> int:
+    """Run one conversion and return the exit code 0; the result appears whole or not at all.
+
+    Raises:
+        UsageError: the flags are wrong or contradict the files.
+        CheckpointError: an input is missing, damaged, or of another model; or the target is occupied.
+    """
+    check_flags(config)
+    if config.save_lora_to_hf:
+        return export_adapter(config)
+    target = hf_target(config.save_dir) if config.save_model_type == "hf" else megatron_target(config.save_dir)
+    plan = make_plan(config)
+    stream = WeightStream(plan.base, plan.adapter, plan.lora, plan.dtype)
+    with staged_folder(target) as staging:
+        if config.save_model_type == "mg":
+            write_megatron(staging, stream, plan.table, plan.layout, plan.dtype or plan.base.dtype)
+        else:
+            write_hugging_face(staging, stream, plan.table)
+        changed = plan.dtype is not None and plan.dtype != plan.base.dtype
+        copied = copy_model_files(plan.config_dir, staging, _name(plan.dtype) if changed and plan.dtype else None)
+        fingerprint = _write_manifest(staging, config, plan)
+    _report(target, plan, stream.report, copied, fingerprint)
+    return 0
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def lora_entry(lora: LoraSpec) -> dict[str, Any]:
+    """The ``lora`` field of a manifest."""
+    return {"r": lora.r, "alpha": lora.alpha, "targets": list(lora.targets)}
+
+
+def _write_manifest(staging: Path, config: ConvertConfig, plan: Plan) -> str:
+    """Open what was just written as any reader would, and describe it; returns its fingerprint."""
+    written = open_base(staging, config.save_model_type)
+    written.check_coverage(plan.table)
+    fingerprint = written.fingerprint(plan.table)
+    files = sorted([*staging.glob("iter_*/*/*.pt"), *staging.glob("*.safetensors")])
+    layout = {
+        "tensor_parallel_size": plan.layout.tensor_parallel_size,
+        "pipeline_parallel_size": plan.layout.pipeline_parallel_size,
+        "layers_per_virtual_stage": plan.layout.layers_per_virtual_stage,
+    }
+    base = None
+    if plan.adapter is not None:
+        base = {"path": str(plan.base.path.resolve()), "fingerprint": plan.base.fingerprint(), "adapter": str(plan.adapter.path.resolve())}
+    manifest = Manifest(
+        kind="base" if plan.adapter is None else "merged",
+        model=asdict(plan.model),
+        layout=layout if config.save_model_type == "mg" else None,
+        dtype=_name(written.dtype),
+        lora=lora_entry(plan.lora) if plan.lora else None,
+        base=base,
+        fingerprint=fingerprint,
+        parts=[part_of(staging, file) for file in files],
+        counts={"tensors": len(list(plan.table.entries()))},
+    )
+    write_manifest(staging, manifest)
+    return fingerprint
+
+
+def _report(target: Path, plan: Plan, rounding: RoundingReport, copied: list[str], fingerprint: str) -> None:
+    logger = get_logger()
+    if plan.adapter is not None and plan.lora is not None:
+        logger.info(
+            "merged %s (r %d, alpha %g, %s) into %s",
+            plan.adapter.path,
+            plan.lora.r,
+            plan.lora.alpha,
+            " ".join(plan.lora.targets),
+            plan.base.path,
+        )
+        for name, share in rounding.shares().items():
+            logger.info("  %s: the cast rounded away %.3g%% of the adapter's change", name, 100 * share)
+        if rounding.changes_nothing:
+            logger.warning("%s changes nothing: every B A is zero; was it trained?", plan.adapter.path)
+    logger.info("wrote %s: %d tensors, fingerprint %s", target, len(list(plan.table.entries())), fingerprint)
+    logger.info("copied from %s: %s", plan.config_dir, ", ".join(copied))
+    if not any(name.startswith("tokenizer") for name in copied):
+        logger.warning("%s has no tokenizer files, so none travel with %s", plan.config_dir, target)
+
+
+def export_adapter(config: ConvertConfig) -> int:
+    """``--save-lora-to-hf``: write the adapter of --lora-load (or --load-dir) as a PEFT folder."""
+    adapter = open_adapter(config.lora_load or config.load_dir)
+    lora = adapter_values(config, adapter)
+    candidates = config_candidates(config, config.load_dir)
+    if not candidates:
+        raise CheckpointError(
+            f"{config.load_dir}: has no config.json; name the base model's Hugging Face folder with --hf-cfg-dir (or --save-dir)"
+        )
+    flag, folder = candidates[0]
+    model = model_config_from_hf(folder)
+    check_model_type(config.model_type_hf, model)
+    table = WeightTable(model)
+    adapter.check_coverage(table)
+    target = hf_target(config.save_dir)
+    tensors = {(row, layer): adapter.lora_parts(row, layer) for row, layer in table.target_entries(lora.targets)}
+    base_path = (adapter.base_reference or {}).get("path") or str(folder)
+    with staged_folder(target) as staging:
+        write_peft_adapter(staging, table, lora, tensors, base_path)
+        files = sorted(staging.glob("adapter_*"))
+        write_manifest(
+            staging,
+            Manifest(
+                kind="adapter",
+                model=asdict(model),
+                lora=lora_entry(lora),
+                base=dict(adapter.base_reference) if adapter.base_reference else None,
+                iteration=adapter.iteration,
+                parts=[part_of(staging, file) for file in files],
+            ),
+        )
+    get_logger().info("wrote %s: PEFT adapter, r %d, alpha %g, %d modules (config from %s)", target, lora.r, lora.alpha, len(tensors), flag)
+    return 0

@@ -1,0 +1,134 @@
+"""Writing a ``.pt`` whose tensors never are in memory together.
+
+``torch.save`` under ``skip_data()`` lays the file out without its tensors' bytes; each tensor is then written into
+its place, and the CRC32 that the zip format keeps of it, in the record's descriptor and in the central directory, is put right.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mindspeed_lora.errors import CheckpointError
+
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # zip: signature, versions and flags, crc, sizes, name and extra lengths
+_CENTRAL_HEADER_BYTES = 46
+_HAS_DESCRIPTOR = 0x08
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that is written later."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One stored tensor inside the zip file; offsets are in bytes from the file's start."""
+
+    data: int
+    size: int
+    local_crc: int | None  # in the local header, where no descriptor follows the data
+    descriptor_crc: int | None
+    central_crc: int
+
+
+def save_streamed(
+    path: Path, build: Callable[[Callable[[TensorSpec], torch.Tensor]], dict[str, Any]], read: Callable[[int], torch.Tensor]
+) -> None:
+    """Write a ``.pt`` file tensor by tensor.
+
+    ``build(placeholder)`` returns the dictionary to save, having called ``placeholder(spec)`` once per tensor, in the order in which
+    they are met; ``read(i)`` returns the i-th tensor's data when its turn comes.
+
+    Raises:
+        CheckpointError: the tensor read is of another shape or dtype than its spec.
+    """
+    specs: list[TensorSpec] = []
+
+    def placeholder(spec: TensorSpec) -> torch.Tensor:
+        specs.append(spec)
+        return torch.empty(spec.shape, dtype=spec.dtype)  # pages are never touched
+
+    content = build(placeholder)
+    with torch.serialization.skip_data():
+        torch.save(content, path)
+    del content
+    records = _records(path, len(specs))
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        for index, (spec, record) in enumerate(zip(specs, records, strict=True)):
+            tensor = read(index)
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+                raise CheckpointError(
+                    f"{path}: tensor {index} is {tensor.dtype} {list(tensor.shape)}, laid out as {spec.dtype} {list(spec.shape)}"
+                )
+            _write_record(descriptor, record, tensor)
+    finally:
+        os.close(descriptor)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A contiguous CPU tensor's bytes, without a copy where it already is one."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _write_record(descriptor: int, record: _Record, tensor: torch.Tensor) -> None:
+    data = tensor_bytes(tensor)
+    write_at(descriptor, record.data, data)
+    crc = struct.pack("<L", zlib.crc32(data))
+    for offset in (record.local_crc, record.descriptor_crc, record.central_crc):
+        if offset is not None:
+            os.pwrite(descriptor, crc, offset)
+
+
+def write_at(descriptor: int, offset: int, data: memoryview) -> None:
+    """Write all of ``data`` (one ``pwrite`` takes at most 2 GiB)."""
+    while data:
+        written = os.pwrite(descriptor, data[: 1 << 30], offset)
+        data, offset = data[written:], offset + written
+
+
+def _records(path: Path, count: int) -> list[_Record]:
+    """The records ``*/data/0``, ``*/data/1``, ... which torch numbers in the order of pickling."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        central = _central_crc_offsets(file.fileno(), archive.start_dir, len(archive.infolist()))
+        records = []
+        for index in range(count):
+            info = infos[f"data/{index}"]  # KeyError: torch stores tensors under other names than in 2.6 .. 2.13
+            header = _LOCAL_HEADER.unpack(os.pread(file.fileno(), _LOCAL_HEADER.size, info.header_offset))
+            data = info.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]
+            described = bool(info.flag_bits & _HAS_DESCRIPTOR)
+            records.append(
+                _Record(
+                    data=data,
+                    size=info.file_size,
+                    local_crc=None if described else info.header_offset + 14,
+                    descriptor_crc=data + info.file_size + 4 if described else None,
+                    central_crc=central[info.filename],
+                )
+            )
+    return records
+
+
+def _central_crc_offsets(descriptor: int, start: int, count: int) -> Mapping[str, int]:
+    offsets, position = {}, start
+    for _ in range(count):
+        entry = os.pread(descriptor, _CENTRAL_HEADER_BYTES, position)
+        name_length, extra_length, comment_length = struct.unpack_from("<3H", entry, 28)
+        name = os.pread(descriptor, name_length, position + _CENTRAL_HEADER_BYTES).decode("utf-8")
+        offsets[name] = position + 16
+        position += _CENTRAL_HEADER_BYTES + name_length + extra_length + comment_length
+    return offsets
