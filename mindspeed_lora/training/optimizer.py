@@ -90,6 +90,11 @@ class FlatAdamW:
         for entry in self._adam.state.values():
             entry["step"].fill_(steps)
 
+    @property
+    def items(self) -> tuple[TrainedParameter, ...]:
+        """The trained parameters in flat order."""
+        return self.layout.parameters
+
     def export(self, kind: str) -> Iterator[tuple[TrainedParameter, torch.Tensor]]:
         """This rank's tp shard of one state (of :data:`STATE_NAMES`) per parameter, fp32 on the CPU, whole over dp.
 

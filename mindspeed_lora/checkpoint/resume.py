@@ -1,0 +1,199 @@
+"""Training state that another layout can continue: optimizer tensors through torch.distributed.checkpoint, the rest as JSON.
+
+::
+
+    iter_0000010/resume/trainer_state.json     counters, what the data order depends on, schedule, layout
+    iter_0000010/resume/*.distcp, .metadata    "<kind>.<global name>" fp32 (kind: master, exp_avg, exp_avg_sq), "rng.<kind>.<rank>"
+
+A tensor that is cut over TP is stored as the whole logical tensor (a DTensor while saving and loading), so TP, PP and DP
+may all change. Gate and up, which each rank holds as ``[gate_r; up_r]``, are stored as ``[2, f, ...]`` cut along dim 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from mindspeed_lora.device import rng_state, set_rng_state
+from mindspeed_lora.errors import CheckpointError
+from mindspeed_lora.files import write_json
+from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.weights.table import Row, WeightTable
+
+RESUME_FOLDER = "resume"
+STATE_FILE = "trainer_state.json"
+_TIED = {"output_layer.weight": "embedding.word_embeddings.weight"}
+
+
+class StateItem(Protocol):
+    """A trained parameter; ``cut``: over TP."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def parameter(self) -> torch.nn.Parameter: ...
+    @property
+    def cut(self) -> bool: ...
+
+
+class OptimizerState(Protocol):
+    """What is saved of an optimizer (see :class:`mindspeed_lora.training.optimizer.FlatAdamW`)."""
+
+    state: dict[str, torch.Tensor]
+
+    @property
+    def items(self) -> Sequence[StateItem]: ...
+    def export(self, kind: str) -> Iterator[tuple[StateItem, torch.Tensor]]: ...
+    def restore(self, kind: str, fetch: Callable[[StateItem], torch.Tensor]) -> None: ...
+    def set_steps(self, steps: int) -> None: ...
+    def publish(self) -> None: ...
+
+
+@dataclass
+class TrainerState:
+    """Counters of a run. ``schedule_samples`` counts successful steps only, ``optimizer_steps`` is Adam's count.
+
+    ``origin``: what the data order and the schedule were made from, compared when the run is continued.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    schedule_samples: int = 0
+    optimizer_steps: int = 0
+    skipped_samples: int = 0
+    skipped_iterations: int = 0
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+def table_row(table: WeightTable, name: str) -> Row:
+    """Row of a trained parameter, LoRA or base."""
+    return table.lora_row(name) if ".lora_" in name else table.row(name)
+
+
+class _Exchange:
+    """Turns a rank's shards into what torch.distributed.checkpoint stores, and back."""
+
+    def __init__(self, table: WeightTable, context: ParallelContext) -> None:
+        self.table, self.context = table, context
+        self.mesh = DeviceMesh.from_group(context.tp_group, "cpu") if context.tp_group is not None else None
+
+    def stored_form(self, name: str, shard: torch.Tensor) -> torch.Tensor:
+        """``shard`` (CPU, fp32) as a view, wrapped where it is cut over more than one rank."""
+        row = table_row(self.table, name)
+        axis, parts = row.axis, len(row.part_shapes)
+        if row.unit == "rank" and parts > 1:
+            shard, axis = shard.view(parts, shard.shape[0] // parts, *shard.shape[1:]), 1 if row.axis == 0 else None
+        if axis is None or self.mesh is None:
+            return shard
+        return DTensor.from_local(shard, self.mesh, [Shard(axis)], run_check=False)
+
+
+def write_resume(
+    folder: Path, state: TrainerState, optimizer: OptimizerState | None, table: WeightTable, context: ParallelContext, save_rng: bool
+) -> None:
+    """Write the state into ``folder`` (which exists). Collective over all ranks; ``optimizer`` None leaves its tensors out."""
+    tensors: dict[str, torch.Tensor] = {}
+    if optimizer is not None:
+        exchange = _Exchange(table, context)
+        for kind in optimizer.state:
+            for item, shard in optimizer.export(kind):
+                if item.cut or context.tp_rank == 0:
+                    tensors[f"{kind}.{item.name}"] = exchange.stored_form(item.name, shard.contiguous())
+    if save_rng:
+        tensors |= {f"rng.{kind}.{context.rank}": value for kind, value in rng_state(context.device).items()}
+    if optimizer is not None or save_rng:
+        try:
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=context.world_size == 1)
+        except CheckpointException as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+    if context.rank == 0:
+        write_json(folder / STATE_FILE, {**asdict(state), "world_size": context.world_size})
+
+
+def read_trainer_state(folder: Path) -> TrainerState:
+    """The counters of a resume folder.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = Path(folder) / STATE_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return TrainerState(**{key: values[key] for key in TrainerState.__dataclass_fields__})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a readable training state ({error}); pass --finetune to start from the weights at iteration 0") from error
+
+
+def has_training_state(iteration_folder: Path) -> bool:
+    """Whether an iteration can be continued."""
+    return (Path(iteration_folder) / RESUME_FOLDER / STATE_FILE).is_file()
+
+
+def _stored_sizes(folder: Path) -> dict[str, tuple[int, ...]]:
+    if not (folder / ".metadata").is_file():
+        return {}
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    return {name: tuple(getattr(entry, "size", ())) for name, entry in metadata.state_dict_metadata.items()}
+
+
+def restore_optimizer(folder: Path, optimizer: OptimizerState, steps: int, table: WeightTable, context: ParallelContext) -> None:
+    """Load masters and moments at this run's layout and write the weights from the masters. Collective.
+
+    Raises:
+        CheckpointError: the state lacks a trained parameter, or has it in another shape.
+    """
+    sizes = _stored_sizes(folder)
+    exchange = _Exchange(table, context)
+    for kind in optimizer.state:
+        shards = {item.name: torch.empty(item.parameter.shape, dtype=torch.float32) for item in optimizer.items}
+        wanted: dict[str, torch.Tensor] = {}
+        for name, shard in shards.items():
+            key = f"{kind}.{name}"
+            if key not in sizes and name in _TIED:
+                key = f"{kind}.{_TIED[name]}"
+            form = exchange.stored_form(name, shard)
+            _check_stored(folder, key, sizes, tuple(form.shape))
+            wanted[key] = form
+        dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=context.world_size == 1)
+
+        def fetch(item: StateItem, shards: dict[str, torch.Tensor] = shards) -> torch.Tensor:
+            return shards[item.name]
+
+        optimizer.restore(kind, fetch)
+    optimizer.set_steps(steps)
+    optimizer.publish()
+
+
+def _check_stored(folder: Path, key: str, sizes: dict[str, tuple[int, ...]], shape: tuple[int, ...]) -> None:
+    if key not in sizes:
+        raise CheckpointError(
+            f"{folder}: holds no optimizer state for {key}; it was saved with --no-save-optim or trains other parameters; "
+            "pass --no-load-optim, or --finetune to start from the weights at iteration 0"
+        )
+    if sizes[key] != shape:
+        raise CheckpointError(
+            f"{folder}: {key} has shape {list(sizes[key])}, this run needs {list(shape)}; "
+            "a vocabulary padded otherwise? pass the same --padded-vocab-size, or --no-load-optim"
+        )
+
+
+def restore_rng(folder: Path, context: ParallelContext) -> bool:
+    """Continue this rank's random state; False where it was not saved for this rank (another number of processes)."""
+    state = {kind: value.clone() for kind, value in rng_state(context.device).items()}
+    wanted = {f"rng.{kind}.{context.rank}": value for kind, value in state.items()}
+    sizes = _stored_sizes(folder)
+    there = all(sizes.get(key) == tuple(value.shape) for key, value in wanted.items())
+    if sizes:
+        dcp.load(wanted if there else {}, storage_reader=dcp.FileSystemReader(folder), no_dist=context.world_size == 1)
+    if there:
+        set_rng_state(context.device, state)
+    return there

@@ -1,0 +1,148 @@
+"""Writes one iteration: all ranks into a hidden folder, renamed when complete, the tracker last.
+
+::
+
+    <save>/config.json, tokenizer files
+    <save>/iter_0000010/mp_rank_TT[_PPP]/model_optim_rng.pt    Megatron names, stage-local layers
+    <save>/iter_0000010/peft/                                  the adapter as PEFT and vLLM read it
+    <save>/iter_0000010/resume/                                see mindspeed_lora.checkpoint.resume
+    <save>/iter_0000010/mindspeed_lora.json                    manifest
+    <save>/latest_checkpointed_iteration.txt                   written last
+
+A crash at any moment leaves the previous iteration, and the tracker that names it, as they were. All ranks must see one
+file system.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mindspeed_lora.checkpoint.adapter_files import SavedStage, rank_models, write_peft_folder
+from mindspeed_lora.checkpoint.companions import copy_companions
+from mindspeed_lora.checkpoint.resume import RESUME_FOLDER, OptimizerState, TrainerState, write_resume
+from mindspeed_lora.checkpoint.together import together
+from mindspeed_lora.files import fsync_path
+from mindspeed_lora.log import get_logger
+from mindspeed_lora.manifest import Manifest, Part, part_of, write_manifest
+from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.weights.config import Layout, ModelConfig
+from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.megatron_files import iteration_directory_name, megatron_args, write_rank_file, write_tracker
+from mindspeed_lora.weights.sources import open_adapter, open_base
+from mindspeed_lora.weights.table import WeightTable
+
+PEFT_FOLDER = "peft"
+
+
+@dataclass(frozen=True)
+class SaveTarget:
+    """What does not change from save to save.
+
+    ``lora`` None: full-parameter training. ``lora_only``: the adapter without the base. ``base``: path and fingerprint
+    for the manifest. ``described``: tokenizer and template as the data's manifest has them.
+    """
+
+    folder: Path
+    config: ModelConfig
+    layout: Layout
+    dtype: torch.dtype
+    lora: LoraSpec | None
+    lora_only: bool
+    base: dict[str, Any]
+    config_dir: Path | None = None
+    tokenizer_dir: Path | None = None
+    described: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    save_optim: bool = True
+    save_rng: bool = True
+
+
+def save_checkpoint(
+    target: SaveTarget, context: ParallelContext, stages: Sequence[SavedStage], state: TrainerState, optimizer: OptimizerState
+) -> Path:
+    """Write ``state.iteration`` and return its folder. Collective over all ranks.
+
+    Raises:
+        CheckpointError: a rank could not write; nothing is left behind, the previous iteration stays the current one.
+    """
+    logger = get_logger()
+    logger.info(f"saving checkpoint at iteration {state.iteration:7d} to {target.folder} in torch format")
+    table = WeightTable(target.config)
+    name = iteration_directory_name(state.iteration)
+    staging = target.folder / f".{name}.tmp"
+    try:
+        together(context, lambda: _prepare(staging, name) if context.rank == 0 else None, f"making {staging}")
+        parts = together(context, lambda: _write_model(target, staging / name, context, stages, state), "saving the model")
+        saved = optimizer if target.save_optim else None
+        together(
+            context, lambda: write_resume(staging / name / RESUME_FOLDER, state, saved, table, context, target.save_rng), "saving the training state"
+        )
+        known = [part for part in parts if part is not None]
+        together(context, lambda: _finish(target, staging, state, table, known) if context.rank == 0 else None, "completing the checkpoint")
+    except BaseException:
+        if context.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    logger.info(f"  successfully saved checkpoint from iteration {state.iteration:7d} to {target.folder}")
+    return target.folder / name
+
+
+def _prepare(staging: Path, name: str) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+    (staging / name / RESUME_FOLDER).mkdir(parents=True)
+
+
+def _write_model(target: SaveTarget, folder: Path, context: ParallelContext, stages: Sequence[SavedStage], state: TrainerState) -> Part | None:
+    """One data-parallel replica writes; the others hold the same values."""
+    if context.dp_rank != 0:
+        return None
+    args = megatron_args(target.config, target.layout, target.dtype, target.lora, state.iteration)
+    args.consumed_train_samples = state.consumed_samples
+    args.skipped_train_samples = state.skipped_samples
+    models = rank_models(stages, target.lora_only)
+    path = write_rank_file(folder, context.tp_rank, context.pp_rank, context.tp_size, context.pp_size, models, args, state.iteration)
+    return part_of(folder, path)
+
+
+def _finish(target: SaveTarget, staging: Path, state: TrainerState, table: WeightTable, parts: list[Part]) -> None:
+    """Companions, PEFT folder, manifest; then the renames, and the tracker."""
+    name = iteration_directory_name(state.iteration)
+    folder = staging / name
+    companions = copy_companions(target.config_dir, target.tokenizer_dir, staging)
+    if target.lora is not None:
+        write_peft_folder(folder / PEFT_FOLDER, open_adapter(folder), table, target.lora, Path(target.base["path"]))
+        parts = parts + [part_of(folder, path) for path in sorted((folder / PEFT_FOLDER).iterdir())]
+    write_manifest(folder, _manifest(target, folder, state, table, parts))
+    for companion in companions:
+        if not (target.folder / companion).exists():
+            os.replace(staging / companion, target.folder / companion)
+    final = target.folder / name
+    if final.exists():  # written after the checkpoint that this run continues
+        os.replace(final, staging / f"{name}.old")
+    fsync_path(folder)
+    os.replace(folder, final)
+    fsync_path(target.folder)
+    write_tracker(target.folder, state.iteration)
+    shutil.rmtree(staging)
+
+
+def _manifest(target: SaveTarget, folder: Path, state: TrainerState, table: WeightTable, parts: list[Part]) -> Manifest:
+    return Manifest(
+        kind="adapter" if target.lora_only else "base",
+        model=asdict(target.config),
+        layout=asdict(target.layout),
+        dtype=str(target.dtype).removeprefix("torch."),
+        lora={"r": target.lora.r, "alpha": target.lora.alpha, "targets": list(target.lora.targets)} if target.lora else None,
+        base=target.base,
+        fingerprint=None if target.lora_only else open_base(folder).fingerprint(table),
+        iteration=state.iteration,
+        parts=sorted(parts, key=lambda part: part.file),
+        counts={"consumed_samples": state.consumed_samples, "skipped_samples": state.skipped_samples},
+        **target.described,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,87 @@
+"""Checks that run by default: what can go wrong without an error message is looked for and named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_lora.errors import MindSpeedLoraError
+from mindspeed_lora.parallel.collectives import all_reduce
+from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.training.flat import TrainedParameter
+from mindspeed_lora.training.gradients import FlatGradients
+
+_SHOWN_SAMPLES = 32
+
+
+def check_finite(loss: float, norm: float, iteration: int, sample_ids: Sequence[int]) -> None:
+    """Stop on a loss or gradient norm that is no number.
+
+    Raises:
+        MindSpeedLoraError: naming the records of the batch.
+    """
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    shown = ", ".join(str(sample) for sample in sample_ids[:_SHOWN_SAMPLES])
+    more = f" and {len(sample_ids) - _SHOWN_SAMPLES} more" if len(sample_ids) > _SHOWN_SAMPLES else ""
+    raise MindSpeedLoraError(
+        f"iteration {iteration}: lm loss {loss}, grad norm {norm}; the weights were left as they were. Records of this batch (numbers in the data): "
+        f"{shown}{more}. Look at them, lower --lr, or check the base model's weights"
+    )
+
+
+def check_lora_gradients(gradients: FlatGradients, context: ParallelContext) -> None:
+    """After the first backward passes: some LoRA B on every stage must have a gradient (A has none while B is zero).
+
+    Raises:
+        MindSpeedLoraError: naming the stage; every rank raises.
+    """
+    largest = torch.zeros((), device=context.device)
+    for item in gradients.layout.parameters:
+        if ".lora_B." in item.name:
+            largest = torch.maximum(largest, gradients.layout.view(gradients.buffer, item).abs().max())
+    all_reduce(largest, context.tp_group, dist.ReduceOp.MAX)
+    all_reduce(largest, context.dp_group, dist.ReduceOp.MAX)
+    dead = torch.zeros(context.pp_size, device=context.device)
+    dead[context.pp_rank] = float(largest == 0)
+    all_reduce(dead, context.model_group, dist.ReduceOp.MAX)
+    if bool(dead.any()):
+        stages = ", ".join(str(stage) for stage, value in enumerate(dead.tolist()) if value)
+        raise MindSpeedLoraError(
+            f"the gradients of all LoRA B matrices of pipeline stage {stages} are exactly zero after the first step: nothing would be trained. "
+            "Are all labels of the batch ignored, or the base model's weights zero? If neither, this is a defect: please report the layout"
+        )
+
+
+def check_replicas(parameters: Sequence[TrainedParameter], context: ParallelContext) -> None:
+    """Trained parameters that every TP rank holds whole must be equal on all of them. Collective over tp.
+
+    Raises:
+        MindSpeedLoraError: naming the first parameter that differs; every rank of the tp group raises.
+    """
+    if context.tp_group is None:
+        return
+    for item in parameters:
+        if item.cut:
+            continue
+        own = item.parameter.detach()
+        first = all_reduce(own.clone(), context.tp_group, dist.ReduceOp.MAX)
+        last = all_reduce(own.clone(), context.tp_group, dist.ReduceOp.MIN)
+        if not torch.equal(first, last):
+            difference = float((first.float() - last.float()).abs().max())
+            raise MindSpeedLoraError(
+                f"{item.name} differs between tensor-parallel ranks by up to {difference:.3e}, though every rank holds it whole: its gradient was "
+                "not reduced alike. Nothing was saved; please report the layout (TP, PP, DP, --sequence-parallel)"
+            )
+
+
+def largest_lora_b(parameters: Sequence[TrainedParameter], context: ParallelContext) -> float:
+    """max |B| over the whole adapter; 0 means that the adapter changes nothing. Collective over the model group."""
+    largest = torch.zeros((), dtype=torch.float32, device=context.device)
+    for item in parameters:
+        if ".lora_B." in item.name:
+            largest = torch.maximum(largest, item.parameter.detach().abs().max().float())
+    return float(all_reduce(largest, context.model_group, dist.ReduceOp.MAX))

@@ -1,0 +1,235 @@
+"""The training loop: one step per global batch, evaluation and saving in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from mindspeed_lora.arguments.configs import TrainConfig
+from mindspeed_lora.checkpoint.resume import TrainerState
+from mindspeed_lora.data.batches import EvalBatches, StepBatch
+from mindspeed_lora.device import synchronize
+from mindspeed_lora.log import get_logger
+from mindspeed_lora.parallel.collectives import all_reduce
+from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.parallel.pipeline import PipelineRunner
+from mindspeed_lora.training.flops import FlopsModel
+from mindspeed_lora.training.gradients import FlatGradients
+from mindspeed_lora.training.guards import check_finite, check_lora_gradients
+from mindspeed_lora.training.optimizer import FlatAdamW
+from mindspeed_lora.training.report import IterationReport, Recorder, validation_line
+from mindspeed_lora.training.schedule import LearningRateSchedule
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave; ``loss`` None: the batch had no trained token and was skipped."""
+
+    loss: float | None
+    norm: float | None
+
+
+@dataclass
+class Interval:
+    """Sums since the last printed line."""
+
+    started: float = field(default_factory=time.perf_counter)
+    iterations: int = 0
+    losses: list[float] = field(default_factory=list)
+    skipped: int = 0
+    tokens: int = 0
+    samples: int = 0
+
+
+@dataclass
+class Totals:
+    """Sums over the run, for the end report; ``seconds`` without saving and evaluating."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    flops: float = 0.0
+    iterations: int = 0
+
+
+@dataclass(frozen=True)
+class Machinery:
+    """The parts that a step works with."""
+
+    runner: PipelineRunner
+    gradients: FlatGradients
+    optimizer: FlatAdamW
+    schedule: LearningRateSchedule
+    flops: FlopsModel
+    trains_lora: bool
+
+
+def row_weights(batch: StepBatch, micro_batch_size: int, dp_size: int, normalization: str) -> torch.Tensor:
+    """float32 ``[rows of this rank]``: the factor of each row's summed loss.
+
+    "tokens": 1 / trained tokens of the global batch; "micro-batch": every micro-batch's mean counts alike, as the peer
+    does (a micro-batch without a trained token counts 0).
+    """
+    rows = batch.input_ids.shape[0]
+    if normalization == "tokens":
+        return torch.full((rows,), 1.0 / max(batch.num_trained_tokens, 1), dtype=torch.float32)
+    counts = torch.tensor(batch.micro_batch_trained_tokens, dtype=torch.float32)
+    weights = torch.where(counts > 0, 1.0 / (counts.clamp(min=1) * len(counts) * dp_size), torch.zeros(()))
+    return weights.repeat_interleave(micro_batch_size)
+
+
+class Trainer:
+    """Runs from ``state.iteration`` to ``config.train_iters``.
+
+    ``save``: called with the state's iteration; collective, may raise. ``recorder``: on rank 0 only.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        context: ParallelContext,
+        parts: Machinery,
+        state: TrainerState,
+        validation: EvalBatches | None,
+        global_batch_size: int,
+        save: Callable[[], None] | None,
+        recorder: Recorder | None,
+    ) -> None:
+        self.config, self.context, self.parts, self.state = config, context, parts, state
+        self.validation, self.global_batch_size = validation, global_batch_size
+        self.save, self.recorder = save, recorder
+        self.totals = Totals()
+        self._lora_checked = not parts.trains_lora
+        self._saved_at: int | None = None
+        self._evaluated_at: int | None = None
+
+    def run(self, batches: Iterator[StepBatch]) -> None:
+        """All remaining iterations, then the last evaluation and save."""
+        interval = Interval()
+        while self.state.iteration < self.config.train_iters:
+            batch = next(batches)
+            result = self.step(batch)
+            self._count(interval, batch, result)
+            if self.state.iteration % self.config.log_interval == 0 or self.state.iteration == self.config.train_iters:
+                self._log(interval, result)
+                interval = Interval()
+            self._between_steps(interval)
+        if self.config.eval_iters > 0:
+            self._evaluate()
+        if self.save is not None and self._saved_at != self.state.iteration and self.totals.iterations:
+            self._save()
+
+    def _between_steps(self, interval: Interval) -> None:
+        """Evaluate and save where it is time; neither counts as training time."""
+        started = time.perf_counter()
+        iteration, every = self.state.iteration, self.config.save.save_interval
+        if self.config.eval_interval and iteration % self.config.eval_interval == 0 and self.config.eval_iters > 0:
+            self._evaluate()
+        if self.save is not None and every and iteration % every == 0:
+            self._save()
+        interval.started += time.perf_counter() - started
+
+    def _save(self) -> None:
+        assert self.save is not None
+        self.save()
+        self._saved_at = self.state.iteration
+
+    def step(self, batch: StepBatch) -> StepResult:
+        """Forward and backward of the global batch, reductions, guards, update.
+
+        Raises:
+            MindSpeedLoraError: loss or gradient norm is not finite, or LoRA gets no gradient at all.
+        """
+        self.state.iteration += 1
+        self.state.consumed_samples += self.global_batch_size
+        self.state.skipped_samples += batch.skipped_samples
+        if batch.num_trained_tokens == 0:
+            self.state.skipped_iterations += 1
+            return StepResult(None, None)
+        parts, device = self.parts, self.context.device
+        parts.gradients.zero()
+        weights = row_weights(batch, self.config.micro_batch_size, self.context.dp_size, self.config.loss_normalization)
+        inputs = (tensor.to(device, non_blocking=True) for tensor in (batch.input_ids, batch.labels, weights))
+        loss = self._shared(parts.runner.forward_backward(*inputs, self.config.micro_batch_size))
+        if not self._lora_checked and loss > 0:
+            check_lora_gradients(parts.gradients, self.context)
+            self._lora_checked = True
+        parts.gradients.reduce()
+        norm = parts.gradients.norm()
+        check_finite(loss, norm, self.state.iteration, batch.sample_ids)
+        parts.gradients.clip(norm, self.config.optimizer.clip_grad)
+        parts.optimizer.step(parts.schedule.at(self.state.schedule_samples))
+        self.state.schedule_samples += self.global_batch_size
+        self.state.optimizer_steps += 1
+        return StepResult(loss, norm)
+
+    def _shared(self, loss: torch.Tensor | float) -> float:
+        """The last stage's loss, summed over the replicas, on every rank."""
+        total = torch.zeros((), dtype=torch.float32, device=self.context.device)
+        if self.context.is_last_stage and self.context.tp_rank == 0:
+            total += loss
+        all_reduce(total, self.context.model_group)
+        return float(all_reduce(total, self.context.dp_group))
+
+    def _count(self, interval: Interval, batch: StepBatch, result: StepResult) -> None:
+        samples = sum(1 for sample in batch.sample_ids if sample >= 0)
+        interval.iterations += 1
+        interval.tokens += batch.num_real_tokens
+        interval.samples += samples
+        if result.loss is None:
+            interval.skipped += 1
+            get_logger().warning(f"iteration {self.state.iteration}: no trained token in the whole global batch; skipped")
+        else:
+            interval.losses.append(result.loss)
+        self.totals.tokens += batch.num_real_tokens
+        self.totals.flops += self.parts.flops.total(batch.num_real_tokens, samples)
+        self.totals.iterations += 1
+
+    def _log(self, interval: Interval, result: StepResult) -> None:
+        synchronize(self.context.device)
+        seconds = time.perf_counter() - interval.started
+        self.totals.seconds += seconds
+        flops = self.parts.flops.total(interval.tokens, interval.samples)
+        share = self.parts.flops.core_attention(interval.tokens, interval.samples) / flops if flops else 0.0
+        report = IterationReport(
+            iteration=self.state.iteration,
+            train_iters=self.config.train_iters,
+            consumed_samples=self.state.consumed_samples,
+            skipped_samples=self.state.skipped_samples,
+            elapsed_ms=1000 * seconds / interval.iterations,
+            learning_rate=self.parts.schedule.at(self.state.schedule_samples),
+            global_batch_size=self.global_batch_size,
+            lm_loss=sum(interval.losses) / len(interval.losses) if interval.losses else None,
+            grad_norm=result.norm,
+            skipped_iterations=interval.skipped,
+            tokens_per_second=interval.tokens / seconds / self.context.world_size,
+            teraflops=flops / seconds / self.context.world_size / 1e12,
+            core_attention_percent=100 * share,
+        )
+        get_logger().info(report.line(self.config.log_throughput))
+        if self.recorder is not None:
+            self.recorder.add(report.iteration, report.record(), report.scalars())
+
+    def _evaluate(self) -> None:
+        if self.validation is None or not len(self.validation) or self._evaluated_at == self.state.iteration:
+            return
+        self._evaluated_at = self.state.iteration
+        loss = self.evaluate(self.validation)
+        get_logger().info(validation_line(self.state.iteration, loss))
+        if self.recorder is not None:
+            self.recorder.add(self.state.iteration, {"iteration": self.state.iteration, "validation_loss": loss}, {"lm loss validation": loss})
+
+    def evaluate(self, batches: EvalBatches) -> float:
+        """Mean -log p per trained token over the validation samples. Collective."""
+        total, tokens = 0.0, 0
+        device = self.context.device
+        for batch in batches:
+            ones = torch.ones(batch.input_ids.shape[0], dtype=torch.float32)
+            inputs = (tensor.to(device) for tensor in (batch.input_ids, batch.labels, ones))
+            total += self._shared(self.parts.runner.evaluate(*inputs, self.config.micro_batch_size))
+            tokens += batch.num_trained_tokens
+        return total / max(tokens, 1)
+
+

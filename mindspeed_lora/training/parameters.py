@@ -1,0 +1,40 @@
+"""Which parameters a rank trains, described for the flat buffers by the weight table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from mindspeed_lora.checkpoint.resume import table_row
+from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.training.flat import TrainedParameter
+from mindspeed_lora.weights.table import WeightTable
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def trained_parameters(stages: Sequence[nn.Module], table: WeightTable, context: ParallelContext) -> list[TrainedParameter]:
+    """This rank's trainable parameters in the model's order.
+
+    A tied embedding has two copies where the first and the last stage differ: both are ``tied``, the second is not counted.
+    """
+    trained = []
+    two_copies = table.config.tied_embeddings and context.pp_size > 1
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            row = table_row(table, name)
+            partial = context.tp_size > 1 and (row.grad_sum == "always" or (row.grad_sum == "sp" and context.sequence_parallel))
+            trained.append(
+                TrainedParameter(
+                    name,
+                    parameter,
+                    cut=row.axis is not None,
+                    partial=partial,
+                    counted=row.alias_of is None,
+                    tied=two_copies and _EMBEDDING in (row.megatron, row.alias_of),
+                )
+            )
+    return trained

@@ -1,0 +1,189 @@
+"""Everything that can be refused is refused here: before weights are read, processes joined, or anything is written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mindspeed_lora.arguments.configs import TrainConfig
+from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, resolve_model_config
+from mindspeed_lora.checkpoint.resume import TrainerState, read_trainer_state
+from mindspeed_lora.checkpoint.start import StartPoint, check_save_folder, find_start
+from mindspeed_lora.data.sft_dataset import SFTDataset, check_data_manifest, open_sft_dataset, split_ranges
+from mindspeed_lora.data.tokenizer import load_tokenizer
+from mindspeed_lora.errors import CheckpointError, UsageError
+from mindspeed_lora.parallel.context import data_parallel_size
+from mindspeed_lora.training.schedule import LearningRateSchedule, build_schedule
+from mindspeed_lora.weights.config import Layout, ModelConfig
+from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.table import WeightTable
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A run that passed all checks. ``splits``: sample numbers of train, validation, test; ``pad_multiple`` in tokens."""
+
+    config: TrainConfig
+    start: StartPoint
+    model: ModelConfig
+    table: WeightTable
+    layout: Layout
+    lora: LoraSpec | None
+    dtype: torch.dtype
+    dataset: SFTDataset
+    splits: tuple[range, range, range]
+    tokenizer_dir: Path | None
+    pad_token_id: int
+    pad_multiple: int
+    dp_size: int
+    global_batch_size: int
+    schedule: LearningRateSchedule
+    state: TrainerState
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Per data-parallel rank and step."""
+        return self.global_batch_size // (self.config.micro_batch_size * self.dp_size)
+
+
+def plan_training(config: TrainConfig, world_size: int) -> TrainingPlan:
+    """Check the whole run and resolve what the user left open.
+
+    Raises:
+        UsageError: a flag, or two that contradict each other or the checkpoint.
+        CheckpointError, DataError: a file is missing, damaged, or does not fit.
+    """
+    parallel = config.parallel
+    dp_size = data_parallel_size(world_size, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+    global_batch_size = _global_batch_size(config, dp_size)
+    if config.train_iters <= 0:
+        raise UsageError(f"--train-iters {config.train_iters} must be at least 1")
+    schedule = build_schedule(config.optimizer, config.train_iters, global_batch_size)
+    start = find_start(config.load, config.lora is not None)
+    check_save_folder(config.save.save, start)
+    model = resolve_model_config(start.base, config.architecture, parallel.tensor_parallel_size)
+    table = WeightTable(model)
+    table.check_tensor_parallel(parallel.tensor_parallel_size)
+    table.check_pipeline(parallel.pipeline_parallel_size, parallel.layers_per_virtual_stage)
+    lora = _resolve_lora(config, start, table)
+    notes = list(start.notes)
+    dataset, splits, tokenizer = _open_data(config, start, model)
+    state = _continued_state(config, start, _origin(config, dataset, schedule), notes)
+    return TrainingPlan(
+        config=config,
+        start=start,
+        model=model,
+        table=table,
+        layout=Layout(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.layers_per_virtual_stage),
+        lora=lora,
+        dtype=_dtype(config),
+        dataset=dataset,
+        splits=splits,
+        tokenizer_dir=config.tokenizer.name_or_path or start.base.config_dir,
+        pad_token_id=_pad_token_id(tokenizer),
+        pad_multiple=_pad_multiple(config, model, notes),
+        dp_size=dp_size,
+        global_batch_size=global_batch_size,
+        schedule=schedule,
+        state=state,
+        notes=notes,
+    )
+
+
+def _global_batch_size(config: TrainConfig, dp_size: int) -> int:
+    rows = config.micro_batch_size * dp_size
+    size = rows if config.global_batch_size is None else config.global_batch_size
+    if config.micro_batch_size <= 0 or size <= 0 or size % rows:
+        works = max(size // rows, 1) * rows if rows > 0 else dp_size
+        raise UsageError(
+            f"--global-batch-size {size} must be a multiple of --micro-batch-size {config.micro_batch_size} x data parallel size {dp_size} = {rows}; "
+            f"{works} would work"
+        )
+    return size
+
+
+def _dtype(config: TrainConfig) -> torch.dtype:
+    name = config.runtime.params_dtype or "fp32"
+    if name not in DTYPES:
+        raise UsageError(f"training in {name} is not supported yet; pass --bf16, or neither for fp32")
+    return DTYPES[name]
+
+
+def _resolve_lora(config: TrainConfig, start: StartPoint, table: WeightTable) -> LoraSpec | None:
+    lora = resolve_lora(config.lora, start.adapter)
+    if lora is not None:
+        table.lora_rows(lora.targets)
+    if start.adapter is not None:
+        start.adapter.check_coverage(table)
+        check_adapter_base(start.adapter, start.base)
+    return lora
+
+
+def _pad_multiple(config: TrainConfig, model: ModelConfig, notes: list[str]) -> int:
+    data, tp_size = config.data, config.parallel.tensor_parallel_size
+    if data.seq_length < 2:
+        raise UsageError(f"--seq-length {data.seq_length} must be at least 2")
+    if data.pad_to_multiple_of < 1:
+        raise UsageError(f"--pad-to-multiple-of {data.pad_to_multiple_of} must be at least 1")
+    if data.pad_to_seq_length and config.parallel.sequence_parallel and data.seq_length % tp_size:
+        raise UsageError(
+            f"--seq-length {data.seq_length} is not divisible by --tensor-model-parallel-size {tp_size}, which --sequence-parallel needs; "
+            f"use {-(-data.seq_length // tp_size) * tp_size}, or --no-pad-to-seq-lengths"
+        )
+    if model.max_position_embeddings is not None and data.seq_length > model.max_position_embeddings:
+        notes.append(f"--seq-length {data.seq_length} is more than the model's max_position_embeddings {model.max_position_embeddings}")
+    return math.lcm(data.pad_to_multiple_of, tp_size)
+
+
+def _open_data(config: TrainConfig, start: StartPoint, model: ModelConfig) -> tuple[SFTDataset, tuple[range, range, range], Any]:
+    dataset = open_sft_dataset(config.data.data_path)
+    splits = split_ranges(len(dataset), config.data.split)
+    tokenizer = load_tokenizer(config.tokenizer, start.base.config_dir)
+    check_data_manifest(dataset.manifest, tokenizer, config.template)
+    dataset.check_token_ids(model.vocab_size)
+    return dataset, splits, tokenizer
+
+
+def _pad_token_id(tokenizer: Any) -> int:
+    """Any id does: padding lies right of the sample, under a causal mask, and is not trained."""
+    return next((int(value) for value in (tokenizer.pad_token_id, tokenizer.eos_token_id) if value is not None), 0)
+
+
+def _origin(config: TrainConfig, dataset: SFTDataset, schedule: LearningRateSchedule) -> dict[str, Any]:
+    return {
+        "seed": config.runtime.seed,
+        "num_samples": len(dataset),
+        "split": list(config.data.split),
+        "shuffle": config.data.shuffle,
+        "schedule": dict(vars(schedule)),
+    }
+
+
+def _continued_state(config: TrainConfig, start: StartPoint, origin: dict[str, Any], notes: list[str]) -> TrainerState:
+    """Counters to start from.
+
+    Raises:
+        CheckpointError: the data order of this run is another one than the saved position counts in.
+    """
+    if start.resume is None:
+        return TrainerState(origin=origin)
+    state = read_trainer_state(start.resume)
+    flags = {"seed": "--seed", "num_samples": "the samples of --data-path", "split": "--split", "shuffle": "--no-shuffle"}
+    for key, flag in flags.items():
+        if key in state.origin and state.origin[key] != origin[key]:
+            raise CheckpointError(
+                f"{start.resume}: the run was made with {key} {state.origin[key]}, this one has {origin[key]} ({flag}); its data position means other "
+                "samples now. Use the same value, or pass --finetune to start from the weights at iteration 0"
+            )
+    if state.origin.get("schedule") != origin["schedule"]:
+        notes.append("the learning-rate schedule differs from the checkpoint's; this run's flags are used")
+    state.origin = origin
+    notes.append(f"continuing {start.root} at iteration {state.iteration}")
+    return state

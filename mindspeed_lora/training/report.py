@@ -1,0 +1,149 @@
+"""What a run prints and records: Megatron's iteration line, ``metrics.jsonl``, TensorBoard scalars."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mindspeed_lora.errors import UsageError
+from mindspeed_lora.files import write_text
+from mindspeed_lora.log import get_logger
+
+METRICS_NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class IterationReport:
+    """One logged interval. Times are per iteration, rates per device; ``lm_loss`` is the interval's mean over its steps."""
+
+    iteration: int
+    train_iters: int
+    consumed_samples: int
+    skipped_samples: int
+    elapsed_ms: float
+    learning_rate: float
+    global_batch_size: int
+    lm_loss: float | None  # None: every step of the interval was skipped
+    grad_norm: float | None
+    skipped_iterations: int
+    tokens_per_second: float
+    teraflops: float
+    core_attention_percent: float
+
+    def line(self, throughput: bool, now: datetime | None = None) -> str:
+        """The peer's line (MindSpeed-LLM v26.0.0 ``training_log``); nan iterations stop a run here, so their number is 0."""
+        fields = [
+            f" [{(now or datetime.now()).strftime('%Y-%m-%d %H:%M:%S')}] iteration {self.iteration:8d}/{self.train_iters:8d}",
+            f"consumed samples: {self.consumed_samples:12d}",
+        ]
+        if self.skipped_samples:
+            fields.append(f"skipped samples: {self.skipped_samples:12d}")
+        fields.append(f"elapsed time per iteration (ms): {self.elapsed_ms:.1f}")
+        if throughput:
+            fields.append(f"throughput per GPU (TFLOP/s/GPU): {self.teraflops:.1f}")
+            fields.append(f"core attn ratio (%): {self.core_attention_percent:.1f}")
+        fields.append(f"learning rate: {self.learning_rate:.6E}")
+        fields.append(f"global batch size: {self.global_batch_size:5d}")
+        if self.lm_loss is not None and self.lm_loss > 0:
+            fields.append(f"lm loss: {self.lm_loss:.6E}")
+        fields.append(f"loss scale: {1.0:.1f}")
+        if self.grad_norm is not None:
+            fields.append(f"grad norm: {self.grad_norm:.3f}")
+        fields.append(f"number of skipped iterations: {self.skipped_iterations:3d}")
+        fields.append(f"number of nan iterations: {0:3d}")
+        return " | ".join(fields) + " |"
+
+    def scalars(self) -> dict[str, float]:
+        """Values by their TensorBoard names."""
+        values = {
+            "lm loss": self.lm_loss,
+            "grad-norm": self.grad_norm,
+            "learning-rate": self.learning_rate,
+            "iteration-time": self.elapsed_ms / 1000,
+            "throughput": self.teraflops,
+            "tokens-per-second-per-device": self.tokens_per_second,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def record(self) -> dict[str, Any]:
+        """One line of ``metrics.jsonl``."""
+        return {
+            "iteration": self.iteration,
+            "consumed_samples": self.consumed_samples,
+            "skipped_samples": self.skipped_samples,
+            "lm_loss": self.lm_loss,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            "global_batch_size": self.global_batch_size,
+            "elapsed_ms": self.elapsed_ms,
+            "tokens_per_second_per_device": self.tokens_per_second,
+            "teraflops_per_device": self.teraflops,
+            "skipped_iterations": self.skipped_iterations,
+        }
+
+
+def validation_line(iteration: int, loss: float) -> str:
+    """The peer's line after an evaluation."""
+    return f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {math.exp(min(20.0, loss)):.6E} |"
+
+
+class Recorder:
+    """Files of one run; only rank 0 has one. ``folder`` None: no ``metrics.jsonl``.
+
+    ``start``: entries of later iterations are from a run that did not reach its next checkpoint, and are dropped.
+    """
+
+    def __init__(self, folder: Path | None, tensorboard_dir: Path | None, start: int) -> None:
+        self._metrics: Path | None = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._metrics = folder / METRICS_NAME
+            self._drop_after(start)
+        self._writer = _summary_writer(tensorboard_dir, start) if tensorboard_dir is not None else None
+
+    def _drop_after(self, iteration: int) -> None:
+        if self._metrics is None or not self._metrics.is_file():
+            return
+        lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+        if len(kept) < len(lines):
+            write_text(self._metrics, "".join(kept))
+
+    def add(self, iteration: int, record: dict[str, Any], scalars: dict[str, float]) -> None:
+        """Append a line and the scalars."""
+        if self._metrics is not None:
+            with open(self._metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        if self._writer is not None:
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, iteration)
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flush."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _summary_writer(folder: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError(f"--tensorboard-dir {folder}: the package tensorboard is not installed; pip install tensorboard, or leave the flag out") from error
+    return SummaryWriter(str(folder), purge_step=start + 1)
+
+
+def tensorboard_installed() -> bool:
+    """Whether scalars can be written."""
+    import importlib.util
+
+    return importlib.util.find_spec("tensorboard") is not None
+
+
+def print_block(title: str, lines: list[str]) -> None:
+    """A titled block on rank 0."""
+    get_logger().info("\n".join([f"---------------- {title} ----------------", *lines]))

@@ -1,0 +1,103 @@
+"""The report at the start of a run: what will be trained, where everything came from, what it will need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from torch import nn
+
+from mindspeed_lora.arguments.configs import TrainConfig
+from mindspeed_lora.checkpoint.load import LoadReport
+from mindspeed_lora.checkpoint.together import gather_from_all
+from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.parallel.pipeline import bubble_fraction
+from mindspeed_lora.training import memory
+from mindspeed_lora.training.flat import TrainedParameter
+from mindspeed_lora.training.preflight import TrainingPlan
+from mindspeed_lora.training.report import print_block
+from mindspeed_lora.weights.table import WeightTable
+
+
+def describe_config(config: TrainConfig) -> list[str]:
+    """``group.field: value`` of everything that is set."""
+    lines = []
+    for key, value in asdict(config).items():
+        fields = value.items() if isinstance(value, dict) else ((None, value),)
+        lines += [f"{key if name is None else f'{key}.{name}'}: {item}" for name, item in fields if item is not None]
+    return lines
+
+
+def describe_layout(plan: TrainingPlan, context: ParallelContext) -> str:
+    """Sizes of the grid, the step, and the pipeline's idle share."""
+    chunks = len(plan.table.check_pipeline(context.pp_size, plan.layout.layers_per_virtual_stage)[0])
+    micro_batches = plan.num_micro_batches
+    sequence = " with sequence parallelism" if context.sequence_parallel else ""
+    virtual = f" ({chunks} virtual stages each)" if chunks > 1 else ""
+    text = (
+        f"{context.world_size} processes: TP {context.tp_size}{sequence} x PP {context.pp_size}{virtual} x DP {context.dp_size}; "
+        f"global batch {plan.global_batch_size} = {plan.config.micro_batch_size} rows x {micro_batches} micro-batches x DP {context.dp_size}"
+    )
+    if context.pp_size > 1:
+        text += f"; pipeline bubble {100 * bubble_fraction(micro_batches, context.pp_size, chunks):.0f} %"
+        if micro_batches < context.pp_size:
+            text += " (fewer micro-batches than stages)"
+    return text
+
+
+def parameter_counts(table: WeightTable, lora_r: int | None, targets: Sequence[str]) -> tuple[int, int]:
+    """(trainable, total) parameters of the whole model, each counted once, vocabulary padding included."""
+    base = sum(_elements(table.shape(row)) for row, _ in table.entries())
+    if lora_r is None:
+        return base, base
+    adapter = 0
+    for row, _ in table.target_entries(targets):
+        adapter += sum(_elements(table.shape(matrix, lora_r)) for matrix in table.lora_pair(row))
+    return adapter, base + adapter
+
+
+def _elements(shape: Sequence[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def report_start(
+    plan: TrainingPlan, context: ParallelContext, stages: Sequence[nn.Module], trained: Sequence[TrainedParameter], loaded: LoadReport
+) -> None:
+    """Print configuration, layout, counts, sources and the memory estimate. Collective."""
+    lora = plan.lora
+    trainable, total = parameter_counts(plan.table, lora.r if lora else None, lora.targets if lora else ())
+    parts = memory.estimate(_memory_inputs(plan, stages, trained), plan.model, context, plan.config.recompute)
+    every = gather_from_all((loaded, parts), context)
+    largest = max((estimate for _, estimate in every), key=lambda estimate: estimate["total"])
+    base, adapter = (sum(getattr(report, name) for report, _ in every) for name in ("base", "adapter"))
+    print_block("configuration", describe_config(plan.config))
+    lines = [
+        describe_layout(plan, context),
+        f"model: {plan.model.family}, {plan.model.num_layers} layers, hidden {plan.model.hidden_size}, vocabulary {plan.model.padded_vocab_size}, "
+        f"{'tied' if plan.model.tied_embeddings else 'untied'} head, {str(plan.dtype).removeprefix('torch.')}",
+        f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.3f} %)"
+        + (f"; LoRA r {lora.r}, alpha {lora.alpha:g} on {' '.join(lora.targets)}" if lora else "; full-parameter training"),
+        f"base: {plan.start.base.path}; adapter: {plan.start.adapter.path if plan.start.adapter else 'none loaded' + (', initialised by seed' if lora else '')}",
+        f"tensors loaded over all ranks: base {base}, adapter {adapter}, missing 0, unexpected 0",
+        f"data: {plan.dataset.prefix}, {len(plan.splits[0])} training and {len(plan.splits[1])} validation samples",
+        f"memory estimate, largest device: {memory.describe(largest)}",
+        *(f"note: {note}" for note in plan.notes),
+    ]
+    print_block("training", lines)
+
+
+def _memory_inputs(plan: TrainingPlan, stages: Sequence[nn.Module], trained: Sequence[TrainedParameter]) -> memory.MemoryInputs:
+    chunks = plan.table.check_pipeline(plan.layout.pipeline_parallel_size, plan.layout.layers_per_virtual_stage)[0]
+    return memory.MemoryInputs(
+        parameters=sum(parameter.numel() for stage in stages for parameter in stage.parameters()),
+        trained=sum(item.parameter.numel() for item in trained),
+        parameter_bytes=plan.dtype.itemsize,
+        layers=sum(len(chunk) for chunk in chunks),
+        micro_batch_size=plan.config.micro_batch_size,
+        num_micro_batches=plan.num_micro_batches,
+        length=plan.config.data.seq_length,
+        sharded_optimizer=plan.config.optimizer.use_distributed_optimizer,
+    )
