@@ -65,7 +65,7 @@ def agree(error: MindSpeedLoraError | None, world: Group) -> None:
         MindSpeedLoraError: this rank's own error, on the lowest rank that has one.
         StoppedElsewhere: on all other ranks, when any rank has one.
     """
-    codes = [code for code in gather_objects(None if error is None else error.exit_code, world)]
+    codes = gather_objects(None if error is None else error.exit_code, world)
     failed = [rank for rank, code in enumerate(codes) if code is not None]
     if not failed:
         return
@@ -73,5 +73,3 @@ def agree(error: MindSpeedLoraError | None, world: Group) -> None:
     if error is not None and rank == failed[0]:
         raise error
     raise StoppedElsewhere(int(str(codes[failed[0]])))
-
-

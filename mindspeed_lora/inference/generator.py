@@ -65,7 +65,7 @@ class ParallelCausalLM(PreTrainedModel, GenerationMixin):
     _supports_cache_class = True
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(EngineConfig(vocab_size=engine.vocab_size, is_encoder_decoder=False))
+        super().__init__(EngineConfig(vocab_size=engine.vocab_size, is_encoder_decoder=False))  # type: ignore[call-arg]
         self.engine = engine
 
     @property
@@ -78,7 +78,7 @@ class ParallelCausalLM(PreTrainedModel, GenerationMixin):
         """Of the logits."""
         return torch.float32
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: torch.Tensor,
         past_key_values: EngineCache | None = None,
@@ -186,9 +186,10 @@ def generate(
         use_cache=use_cache,
         **strategy.arguments(),
     )
-    cache = {"past_key_values": EngineCache(model.engine)} if use_cache else {}
-    device = model.device
-    output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer, **cache)
+    inputs: dict[str, Any] = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    if use_cache:
+        inputs["past_key_values"] = EngineCache(model.engine)
+    output = model.generate(generation_config=config, streamer=streamer, **inputs)  # type: ignore[misc]
     model.engine.reset()
     return [_answer(row, limits.stop_ids) for row in output[:, ids.shape[1] :].tolist()]
 

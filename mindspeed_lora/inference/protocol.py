@@ -87,7 +87,7 @@ def decode(header: torch.Tensor, body: torch.Tensor | None) -> Message:
     if operation != Operation.FORWARD:
         return Message(Operation(operation), value=value)
     output, padded = Output(flags >> 2), bool(flags & 2)
-    shapes = [(batch, length)] + [(batch, length)] * padded
+    shapes: list[tuple[int, ...]] = [(batch, length)] * (2 if padded else 1)
     if output == Output.SCORES:
         shapes += [(batch, num_wanted), (batch, num_wanted, num_targets)]
     parts = [part.view(shape) for part, shape in zip(rest.split([torch.Size(shape).numel() for shape in shapes]), shapes, strict=True)]

@@ -1,0 +1,45 @@
+"""Work over the data-parallel replicas: the first driver deals it out, every driver does its share, each item once.
+
+Only the first driver runs lm_eval and knows about tasks. The others wait in :meth:`Replicas.follow`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from mindspeed_lora.parallel.collectives import Group, broadcast_object, gather_objects
+
+Handler = Callable[[Sequence[Any]], Iterator[Any]]  # items -> one result per item, in order
+
+
+class Replicas:
+    """``handlers`` name the kinds of work and must be the same on every driver; ``drivers`` None: one replica."""
+
+    def __init__(self, handlers: dict[str, Handler], drivers: Group, rank: int, size: int) -> None:
+        self._handlers, self._drivers, self._rank, self._size = handlers, drivers, rank, size
+
+    def map(self, kind: str, items: Sequence[Any], progress: Callable[[int], None]) -> list[Any]:
+        """First driver: the result of every item, in order. Item i is done by replica i modulo their number, so items
+        sorted by length are spread evenly. ``progress`` is told of items done, the other replicas' share estimated.
+        """
+        broadcast_object((kind, items), 0, self._drivers)
+        own = []
+        for result in self._handlers[kind](items[:: self._size]):
+            own.append(result)
+            progress(min(self._size, len(items) - self._size * (len(own) - 1)))
+        results: list[Any] = [None] * len(items)
+        shares: list[Any] = gather_objects(own, self._drivers)
+        for rank, share in enumerate(shares):
+            results[rank :: self._size] = share
+        return results
+
+    def follow(self) -> None:
+        """Other drivers: do shares until the first driver releases them."""
+        while isinstance(order := broadcast_object(None, 0, self._drivers), tuple):
+            kind, items = order
+            gather_objects(list(self._handlers[kind](items[self._rank :: self._size])), self._drivers)
+
+    def release(self) -> None:
+        """First driver: no more work."""
+        broadcast_object(None, 0, self._drivers)

@@ -1,0 +1,116 @@
+"""From a person's text to the ids the model continues: raw, through a template, or through the tokenizer's chat template.
+
+Who decides, in this order: ``--prompt-type`` (``raw`` means no template), ``--hf-chat-template``, the adapter's manifest,
+else raw. What is passed must agree with the manifest of the adapter: a model trained on one form answers badly in another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mindspeed_lora.arguments.configs import TemplateFlags
+from mindspeed_lora.data.templates import Template, load_template
+from mindspeed_lora.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RAW = "raw"
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """``template`` and ``use_chat_template`` exclude each other; neither: raw. ``source`` says who decided."""
+
+    template: Template | None = None
+    use_chat_template: bool = False
+    thinking: str = "none"
+    source: str = "the default"
+
+    @property
+    def name(self) -> str:
+        """For messages and result files."""
+        if self.use_chat_template:
+            return "the tokenizer's chat template"
+        return RAW if self.template is None else self.template.name
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+        """Ids of one user turn, up to where the answer begins.
+
+        Raw text gets the tokenizer's own special tokens, unless it begins with the beginning-of-sequence token itself.
+
+        Raises:
+            UsageError: the prompt is empty, or the tokenizer has no chat template.
+        """
+        if not prompt.strip():
+            raise UsageError("--prompt is empty; give a text to continue or to answer")
+        messages = [{"role": "user", "content": prompt}]
+        if self.template is not None:
+            return self.template.encode_prompt(tokenizer, messages, thinking=self.thinking)
+        if self.use_chat_template:
+            return self._encode_chat(tokenizer, messages)
+        has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+        ids = tokenizer.encode(prompt, add_special_tokens=not has_bos)
+        if not ids:
+            raise UsageError(f"--prompt {prompt!r} has no tokens in the tokenizer at {tokenizer.name_or_path}; give another text")
+        return ids
+
+    def _encode_chat(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+        if not tokenizer.chat_template:
+            raise UsageError(f"--hf-chat-template: the tokenizer at {tokenizer.name_or_path} has no chat template; use --prompt-type")
+        mode: dict[str, Any] = {} if self.thinking == "none" else {"enable_thinking": self.thinking == "true"}
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **mode)
+        return tokenizer.encode(str(text), add_special_tokens=False)
+
+    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+        """Ids that end an answer by this form."""
+        if self.template is not None:
+            return set(self.template.stop_token_ids(tokenizer))
+        return set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+
+
+def resolve_prompt_format(flags: TemplateFlags, hf_chat_template: bool, recorded: Mapping[str, Any] | None, where: str) -> PromptFormat:
+    """Bring together the flags and the template that the adapter's manifest records (``recorded``; ``where`` names it).
+
+    Raises:
+        UsageError: two sources disagree, or the template or the mode is unknown.
+        CheckpointError: the template of that name is not the one the adapter was trained with.
+    """
+    if hf_chat_template and flags.prompt_type not in (None, RAW):
+        raise UsageError(f"--hf-chat-template and --prompt-type {flags.prompt_type} exclude each other; leave one out")
+    known = dict(recorded or {})
+    if flags.prompt_type not in (None, RAW) and known.get("name") not in (None, flags.prompt_type):
+        raise UsageError(
+            f"--prompt-type {flags.prompt_type} contradicts {where}, which says the adapter was trained with template {known['name']}; "
+            f"leave the flag out, or pass --prompt-type {RAW} for a prompt without template"
+        )
+    thinking = flags.enable_thinking or "none"
+    if flags.prompt_type == RAW or hf_chat_template:
+        if thinking != "none" and not hf_chat_template:
+            raise UsageError(f"--enable-thinking {thinking} needs a template, but --prompt-type is {RAW}; name a template or leave it out")
+        return PromptFormat(None, hf_chat_template, thinking, "--hf-chat-template" if hf_chat_template else f"--prompt-type {RAW}")
+    name = flags.prompt_type or known.get("name")
+    if name is None:
+        if thinking != "none":
+            raise UsageError(f"--enable-thinking {thinking} needs a template; pass --prompt-type")
+        return PromptFormat()
+    return _with_template(name, flags, known, where)
+
+
+def _with_template(name: str, flags: TemplateFlags, known: Mapping[str, Any], where: str) -> PromptFormat:
+    template = load_template(name, flags.prompt_type_path)
+    if known.get("fingerprint") not in (None, template.fingerprint()):
+        raise CheckpointError(
+            f"{where}: the adapter was trained with another version of template {name} than the one in "
+            f"{flags.prompt_type_path or 'configs/finetune/templates.json'}; pass the file it was trained with as --prompt-type-path"
+        )
+    recorded = known.get("enable_thinking")
+    if flags.enable_thinking is not None and recorded not in (None, flags.enable_thinking):
+        raise UsageError(
+            f"--enable-thinking {flags.enable_thinking} contradicts {where}, which says the adapter was trained with {recorded}; "
+            "leave the flag out"
+        )
+    thinking = template.check_thinking(flags.enable_thinking or recorded or "none")
+    return PromptFormat(template, False, thinking, "--prompt-type" if flags.prompt_type else where)

@@ -1,0 +1,280 @@
+"""Start-up shared by inference and evaluation: grid, checkpoints, tokenizer, prompt format, and who leads.
+
+```
+every rank:  open_session -> lead(session, work)
+             driver of each active replica: work(engine)     workers: follow     idle replicas: wait
+```
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mindspeed_lora.arguments.configs import EvaluationConfig, InferenceConfig
+from mindspeed_lora.checkpoint.load import load_adapter, load_base
+from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, resolve_model_config
+from mindspeed_lora.checkpoint.start import find_start
+from mindspeed_lora.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from mindspeed_lora.errors import CheckpointError, MindSpeedLoraError, UsageError
+from mindspeed_lora.inference.channel import Channels, StoppedElsewhere, agree, open_channels
+from mindspeed_lora.inference.engine import Engine, serve
+from mindspeed_lora.inference.prompts import PromptFormat, resolve_prompt_format
+from mindspeed_lora.log import get_logger
+from mindspeed_lora.model.stage import GPTStage, build_stage_modules
+from mindspeed_lora.parallel.context import ParallelContext, initialize
+from mindspeed_lora.weights.adapters import Adapter
+from mindspeed_lora.weights.config import ModelConfig
+from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.sources import Base
+from mindspeed_lora.weights.table import WeightTable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CRASH = -1  # exit code sent to workers when the driver fails by our own mistake
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything a verb needs. ``stage`` is None on replicas that hold no weights.
+
+    ``max_length``: tokens of prompt and answer together; ``max_length_source``: the flag or file that says so;
+    ``scored``: what was loaded, for result files.
+    """
+
+    context: ParallelContext
+    channels: Channels
+    model: ModelConfig
+    stage: GPTStage | None
+    tokenizer: PreTrainedTokenizerBase
+    prompt_format: PromptFormat
+    stop_ids: tuple[int, ...]
+    max_length: int
+    max_length_source: str
+    scored: dict[str, Any]
+
+    @property
+    def is_driver(self) -> bool:
+        """First rank of its replica."""
+        return self.context.tp_rank == 0 and self.context.pp_rank == 0
+
+    @property
+    def pad_id(self) -> int:
+        """Any id does: padding is masked."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if pad is not None and pad < self.model.vocab_size else 0
+
+
+def open_session(config: InferenceConfig | EvaluationConfig, all_replicas: bool, prepare: Callable[[], None] | None = None) -> Session:
+    """Load the model at the run's layout. Collective: every rank calls it, and all go on or none.
+
+    ``all_replicas`` False leaves every data-parallel replica but the first without weights. ``prepare`` is called on the
+    first rank before anything heavy, for checks of the verb's own.
+
+    Raises:
+        MindSpeedLoraError: on the lowest rank with an error; StoppedElsewhere on the others.
+    """
+    parallel = config.parallel
+    context = initialize(
+        config.runtime.device,
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        sequence_parallel=False,
+        timeout_minutes=config.runtime.distributed_timeout_minutes,
+    )
+    channels = open_channels(context)
+    error: MindSpeedLoraError | None = None
+    session: Session | None = None
+    try:
+        if prepare is not None and context.rank == 0:
+            prepare()
+        _note_ignored(config)
+        session = _load(config, context, channels, all_replicas or context.dp_rank == 0)
+    except MindSpeedLoraError as caught:
+        error = caught
+    agree(error, channels.world)
+    assert session is not None
+    return session
+
+
+def _note_ignored(config: InferenceConfig | EvaluationConfig) -> None:
+    if config.parallel.sequence_parallel:
+        get_logger().info("note: --sequence-parallel has no effect here: one token at a time cannot be cut along the sequence")
+    if config.parallel.layers_per_virtual_stage is not None:
+        get_logger().info(
+            "note: --num-layers-per-virtual-pipeline-stage has no effect here: without a backward pass there is no bubble to fill"
+        )
+
+
+def _load(config: InferenceConfig | EvaluationConfig, context: ParallelContext, channels: Channels, with_weights: bool) -> Session:
+    start = find_start(replace(config.load, finetune=True), config.lora is not None)
+    base, adapter = start.base, start.adapter
+    for note in start.notes:
+        get_logger().info(f"note: {note}")
+    if adapter is None and config.lora is not None:
+        raise UsageError(
+            "LoRA flags without an adapter: --lora-load is missing, and --load holds none; pass --lora-load or leave the flags out"
+        )
+    model = resolve_model_config(base, config.architecture, context.tp_size)
+    spec = resolve_lora(config.lora, adapter)
+    dtype = resolve_dtype(config.runtime.params_dtype, base)
+    tokenizer = load_tokenizer(config.tokenizer, base.config_dir)
+    manifest = adapter.manifest if adapter is not None else base.manifest
+    where = str(base.path if adapter is None else adapter.path)
+    _check_tokenizer(tokenizer, None if manifest is None else manifest.tokenizer, where)
+    prompt_format = _prompt_format(config, None if manifest is None else manifest.template, where)
+    if adapter is not None:
+        check_adapter_base(adapter, base)
+    stage = _build(config, context, model, dtype, spec, base, adapter) if with_weights else None
+    max_length, source = _max_length(config, model)
+    return Session(
+        context=context,
+        channels=channels,
+        model=model,
+        stage=stage,
+        tokenizer=tokenizer,
+        prompt_format=prompt_format,
+        stop_ids=tuple(sorted(prompt_format.stop_token_ids(tokenizer) | _generation_config_stops(base.config_dir))),
+        max_length=max_length,
+        max_length_source=source,
+        scored=_describe(config, context, dtype, spec, base, adapter),
+    )
+
+
+def _prompt_format(config: InferenceConfig | EvaluationConfig, recorded: dict[str, Any] | None, where: str) -> PromptFormat:
+    """Inference follows the adapter's manifest; evaluation scores plain text unless a flag asks for a template."""
+    if isinstance(config, InferenceConfig):
+        return resolve_prompt_format(config.template, config.hf_chat_template, recorded, where)
+    asked = config.template.prompt_type is not None
+    return resolve_prompt_format(config.template, config.use_chat_template and not asked, recorded if asked else None, where)
+
+
+def resolve_dtype(flag: str | None, base: Base) -> torch.dtype:
+    """``--bf16`` or ``--fp32`` as passed, else the checkpoint's own.
+
+    Raises:
+        UsageError: float16, which is not supported yet.
+    """
+    name = flag or str(base.dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise UsageError(
+            f"{'--params-dtype' if flag else f'--load {base.path}'}: {name} is not supported here yet; pass --bf16 or --params-dtype fp32"
+        )
+    return _DTYPES[name]
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, recorded: dict[str, Any] | None, where: str) -> None:
+    expected = (recorded or {}).get("fingerprint")
+    if expected is not None and expected != tokenizer_fingerprint(tokenizer):
+        raise CheckpointError(
+            f"--tokenizer-name-or-path {tokenizer.name_or_path} is not the tokenizer that {where} was trained with "
+            f"({(recorded or {}).get('path')}, fingerprint {expected}); pass that one"
+        )
+
+
+def _generation_config_stops(folder: Path | None) -> set[int]:
+    """End tokens of ``generation_config.json``; its sampling values are not taken, the flags decide those."""
+    path = None if folder is None else Path(folder) / "generation_config.json"
+    if path is None or not path.is_file():
+        return set()
+    try:
+        stops = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a JSON object ({error}); restore the file or remove it") from error
+    return set(stops) if isinstance(stops, list) else set() if stops is None else {int(stops)}
+
+
+def _max_length(config: InferenceConfig | EvaluationConfig, model: ModelConfig) -> tuple[int, str]:
+    flags = config.architecture
+    limits = [
+        (model.max_position_embeddings, "config.json: max_position_embeddings"),
+        (flags.max_position_embeddings, "--max-position-embeddings"),
+        (flags.seq_length, "--seq-length"),
+    ]
+    known = [(limit, source) for limit, source in limits if limit is not None]
+    if not known:
+        raise UsageError("--max-position-embeddings is missing: no config.json says how long a sequence may be")
+    return min(known)
+
+
+def _build(
+    config: InferenceConfig | EvaluationConfig,
+    context: ParallelContext,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    spec: LoraSpec | None,
+    base: Base,
+    adapter: Adapter | None,
+) -> GPTStage:
+    from mindspeed_lora.lora.inject import inject_lora
+
+    table = WeightTable(model)
+    table.check_tensor_parallel(context.tp_size)
+    stages = build_stage_modules(model, context, dtype)
+    if spec is not None:
+        for stage in stages:
+            inject_lora(stage, table, spec, context, fusion=config.lora is not None and config.lora.fusion)
+    loaded = load_base(stages, base, table, context)
+    adapted = load_adapter(stages, adapter, table, context) if adapter is not None else None
+    for stage in stages:
+        stage.eval().requires_grad_(False)
+    count = f"{loaded.base} base tensors, {adapted.adapter if adapted else 0} adapter tensors, 0 missing"
+    get_logger().info(f"loaded on rank 0: {count}; {str(dtype).removeprefix('torch.')}, {context.device}")
+    return stages[0]
+
+
+def _describe(
+    config: InferenceConfig | EvaluationConfig,
+    context: ParallelContext,
+    dtype: torch.dtype,
+    spec: LoraSpec | None,
+    base: Base,
+    adapter: Adapter | None,
+) -> dict[str, Any]:
+    layout = {name: getattr(context, name) for name in ("tp_size", "pp_size", "dp_size")}
+    lora = None if spec is None else {"r": spec.r, "alpha": spec.alpha, "targets": list(spec.targets)}
+    return {
+        "load": str(config.load.load),
+        "lora_load": None if config.load.lora_load is None else str(config.load.lora_load),
+        "lora": lora,
+        "lora_iteration": None if adapter is None else adapter.iteration,
+        "base_fingerprint": base.fingerprint() if context.rank == 0 else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "layout": layout,
+    }
+
+
+def lead(session: Session, work: Callable[[Engine], None]) -> int:
+    """Run ``work`` on the driver of every replica that holds weights; the other ranks follow it. Collective.
+
+    Returns:
+        0; or on ranks other than the failing one, the exit code of the error met there.
+
+    Raises:
+        MindSpeedLoraError: what ``work`` raised, on its rank.
+    """
+    error: MindSpeedLoraError | None = None
+    if session.stage is not None and session.is_driver:
+        engine = Engine(session.stage, session.context, session.channels)
+        code = _CRASH
+        try:
+            work(engine)
+            code = 0
+        except MindSpeedLoraError as caught:
+            error, code = caught, caught.exit_code
+        finally:
+            engine.stop(code)
+    elif session.stage is not None and serve(session.stage, session.context, session.channels) == _CRASH:
+        return 1
+    try:
+        agree(error, session.channels.world)
+    except StoppedElsewhere as stopped:
+        return stopped.exit_code
+    return 0
