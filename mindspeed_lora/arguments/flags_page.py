@@ -21,9 +21,9 @@ This page is written from the flag registry (`mindspeed_lora/arguments/`) by
 - *Accepted*: MindSpeed-LLM's scripts pass it, it is valid, and there is nothing to do here, for the reason given; the log says so.
 - *Refused*: it would change the result and is not supported, for the reason given.
 
-The {len(SCRIPT_NAMES)} flags that MindSpeed-LLM's example scripts pass are all here.
-A further {len(DECLARED_NAMES)} that its parsers declare are known by name: the error says that they are not supported. Anything else is a misspelling: the error says the nearest name.
-There are no abbreviations. Every error of the command line has exit code 2.
+The {len(SCRIPT_NAMES)} flags that MindSpeed-LLM's example scripts pass are all here. A further {len(DECLARED_NAMES)} that its parsers
+declare are known by name: the error says that they are not supported. Anything else is a misspelling: the error says the
+nearest name. There are no abbreviations. Every error of the command line has exit code 2.
 
 A flag given twice: the last one counts, and the log says so.
 Two flags that contradict each other (`--bf16 --params-dtype fp32`) are an error.

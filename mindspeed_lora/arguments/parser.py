@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from mindspeed_lora import __version__
 from mindspeed_lora.arguments.checks import check_paths, check_values
-from mindspeed_lora.arguments.flag import ACCEPTED, ACTIVE, GROUPS, REFUSED, Flag
+from mindspeed_lora.arguments.flag import ACCEPTED, ACTIVE, GROUPS, REFUSED, RUNS, Flag
 from mindspeed_lora.arguments.help_texts import DESCRIPTIONS, EXAMPLES, GROUP_NOTES, USAGES
 from mindspeed_lora.arguments.registry import CONFIGS, build_config, config_paths, explain_unknown, flags_of
 from mindspeed_lora.arguments.values import ExplainedValueError
@@ -190,7 +190,9 @@ def _accepted_notes(given: Given) -> list[str]:
 
 
 def _check_required(command: str, given: Given) -> None:
-    present = {flag.name for flag, _ in given}
+    present = {flag.name: value for flag, value in given}
+    if "--lora-load" in present and command in RUNS and "--load" not in present:
+        raise UsageError(f"--lora-load {present['--lora-load']} without --load: an adapter needs its base model; add --load BASE")
     missing = [flag for flag in flags_of(command).values() if flag.required and flag.name not in present]
     if missing:
         shown = "; ".join(f"{flag.name} ({flag.help})" for flag in missing)
