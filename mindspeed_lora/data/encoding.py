@@ -65,6 +65,7 @@ class RecordEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         self.tokenizer = tokenizer
         self.recipe = recipe
+        self._eos: int | None = tokenizer.eos_token_id
         self._stops = set(recipe.template.stop_token_ids(tokenizer))
         blank = ElementEncoder(tokenizer, recipe.template.name)
         blank.add(("\n", " ", "\n\n"))
@@ -113,7 +114,7 @@ class RecordEncoder:
         cut = cut_turns(pairs, self.recipe.seq_length or DEFAULT_CUTOFF, template.cut_rule)
         ids: list[int] = []
         labels: list[int] = []
-        eos = self.tokenizer.eos_token_id
+        eos = self._eos
         efficient_eos = template.efficient_eos and eos is not None
         for number, (source, target) in enumerate(cut):
             ids += source
@@ -146,7 +147,7 @@ class RecordEncoder:
         ids, labels = row
         if self.recipe.seq_length is not None and len(ids) >= self.recipe.seq_length:
             return f"{self.recipe.seq_length} tokens or more (--seq-length)"
-        if all(label == IGNORED for label in labels[1:]):
+        if labels[1:].count(IGNORED) == len(labels[1:]):
             return "no token to train"
         return ""
 
