@@ -96,6 +96,8 @@ def mmlu_tasks(path: Path, num_fewshot: int | None) -> list[dict[str, Any]]:
     root = find_root(path)
     fewshot = USUAL_FEWSHOT if num_fewshot is None else num_fewshot
     template = _template()
+    if not fewshot:  # without examples the task must not name where they come from: lm_eval would look there
+        template = {key: value for key, value in template.items() if key not in ("fewshot_split", "fewshot_config")}
     tasks = []
     for test_file in sorted((root / "test").glob(f"*{_TEST}")):
         subject = test_file.name.removesuffix(_TEST)
