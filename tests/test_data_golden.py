@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
-
 from data_helpers import write_json
 from helpers import golden
+
 from mindspeed_lora.arguments.configs import PreprocessConfig, TemplateFlags, TokenizerFlags
 from mindspeed_lora.data.indexed_dataset import IndexedDataset
 from mindspeed_lora.data.preprocess import write_dataset
@@ -40,9 +41,7 @@ USER_TEMPLATES: list[dict[str, Any]] = [
     {
         "name": "llama3",
         "format_user": {
-            "slots": [
-                "<|start_header_id|>user<|end_header_id|>\n\n{{content}}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-            ]
+            "slots": ["<|start_header_id|>user<|end_header_id|>\n\n{{content}}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"]
         },
         "format_system": {"slots": ["<|start_header_id|>system<|end_header_id|>\n\n{{content}}<|eot_id|>"]},
         "format_prefix": {"slots": [["bos_token"]]},
@@ -54,7 +53,7 @@ USER_TEMPLATES: list[dict[str, Any]] = [
 def run_case(case: Path, tmp_path: Path, workers: int = 1) -> Path:
     """Run a golden case's own command line and return the prefix."""
     words = shlex.split((case / "cmd.txt").read_text())
-    value = {word: following for word, following in zip(words, words[1:], strict=False) if word.startswith("--")}
+    value = {word: following for word, following in itertools.pairwise(words) if word.startswith("--")}
     shipped = value["--prompt-type"] in ("qwen3", "llama2", "default", "empty")
     templates = None if shipped else write_json(tmp_path / "templates.json", USER_TEMPLATES)
     config = PreprocessConfig(
