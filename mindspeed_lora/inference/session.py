@@ -8,6 +8,7 @@ every rank:  open_session -> lead(session, work)
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from mindspeed_lora.inference.channel import Channels, StoppedElsewhere, agree, 
 from mindspeed_lora.inference.engine import Engine, serve
 from mindspeed_lora.inference.prompts import PromptFormat, resolve_prompt_format
 from mindspeed_lora.log import get_logger
-from mindspeed_lora.model.stage import GPTStage, build_stage_modules
+from mindspeed_lora.model.stage import GPTStage
 from mindspeed_lora.parallel.context import ParallelContext, initialize
 from mindspeed_lora.weights.adapters import Adapter
 from mindspeed_lora.weights.config import ModelConfig
@@ -217,7 +218,8 @@ def _build(
 
     table = WeightTable(model)
     table.check_tensor_parallel(context.tp_size)
-    stages = build_stage_modules(model, context, dtype)
+    layers = spread_layers(model.num_layers, context.pp_size)[context.pp_rank]
+    stages = [GPTStage(model, layers, context.is_first_stage, context.is_last_stage, context, dtype)]
     if spec is not None:
         for stage in stages:
             inject_lora(stage, table, spec, context, fusion=config.lora is not None and config.lora.fusion)
@@ -228,6 +230,23 @@ def _build(
     count = f"{loaded.base} base tensors, {adapted.adapter if adapted else 0} adapter tensors, 0 missing"
     get_logger().info(f"loaded on rank 0: {count}; {str(dtype).removeprefix('torch.')}, {context.device}")
     return stages[0]
+
+
+def spread_layers(num_layers: int, pp_size: int) -> list[range]:
+    """Global layers of each stage, as even as can be, the first stages one more: no file is written here, so any count will do.
+
+    Raises:
+        UsageError: fewer layers than stages.
+    """
+    if pp_size > num_layers:
+        raise UsageError(f"--pipeline-model-parallel-size {pp_size}: the model has only {num_layers} layers; use at most that many stages")
+    size, extra = divmod(num_layers, pp_size)
+    starts = [stage * size + min(stage, extra) for stage in range(pp_size + 1)]
+    if extra:
+        get_logger().info(
+            f"note: {num_layers} layers on {pp_size} stages: {extra} of them hold one layer more (training needs an even split)"
+        )
+    return [range(start, end) for start, end in itertools.pairwise(starts)]
 
 
 def _describe(
