@@ -143,6 +143,8 @@ def test_accepted_values_are_checked(name: str, value: str, command: str, minima
         (INFER, "--top-p 0", ["--top-p 0"]),
         (INFER, "--temperature -1", ["--temperature -1"]),
         (INFER, "--hf-chat-template --prompt-type qwen3", ["contradict"]),
+        (EVALUATE, "--hf-chat-template --no-chat-template", ["contradict"]),
+        (EVALUATE, "--hf-chat-template --prompt-type qwen3", ["contradict"]),
         (EVALUATE, "--task gsm8k", ["--task gsm8k", "later release"]),
         (EVALUATE, "--task hearsay", ["--task hearsay", "mmlu"]),
         (CONVERT, "--target-expert-parallel-size 2", ["--target-expert-parallel-size 2"]),
@@ -193,7 +195,8 @@ def test_an_adapter_needs_a_base(command: str, tmp_path: Path, minimal: dict[str
 
 
 def test_lora_flags_go_with_a_save_that_holds_an_adapter(tmp_path: Path, minimal: dict[str, list[str]]) -> None:
-    write_manifest(tmp_path, Manifest(kind="adapter", lora={"r": 8, "alpha": 16, "targets": ["linear_qkv"]}))
+    (tmp_path / "iter_0000010").mkdir()
+    write_manifest(tmp_path / "iter_0000010", Manifest(kind="adapter", lora={"r": 8, "alpha": 16, "targets": ["linear_qkv"]}))
     config, _ = parse(TRAIN, [*minimal[TRAIN], "--lora-fusion"])
     assert config.lora is not None and config.lora.fusion and config.lora.targets is None
 

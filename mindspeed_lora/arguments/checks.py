@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_lora.arguments.configs import LORA_TARGETS, TrainConfig
-from mindspeed_lora.arguments.flag import CONVERT, INFER, RUNS, TRAIN, Flag
+from mindspeed_lora.arguments.flag import CONVERT, RUNS, TRAIN, Flag
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.manifest import MANIFEST_NAME, read_manifest
 
@@ -57,7 +57,7 @@ def check_values(command: str, values: Values, sources: Sources) -> list[str]:
         _check_rope_scaling(values, sources)
     if command == TRAIN:
         notes += _check_training(values, sources)
-    if command == INFER and values.get("hf_chat_template") and "template.prompt_type" in values:
+    if (values.get("hf_chat_template") or values.get("use_chat_template")) and "template.prompt_type" in values:
         raise UsageError("--hf-chat-template and --prompt-type contradict each other; keep one of them")
     if command == CONVERT:
         _check_conversion(values, sources)
@@ -84,8 +84,13 @@ def _check_lora(command: str, values: Values, sources: Sources) -> None:
 
 def _holds_adapter(folder: Path | None) -> bool:
     """Whether ``folder`` is a save of ours with an adapter in it, which then says its targets."""
-    manifest = read_manifest(folder) if folder is not None else None
-    return manifest is not None and bool(manifest.lora)
+    manifests = [read_manifest(place) for place in _manifest_folders(folder)] if folder is not None else []
+    return any(manifest is not None and manifest.lora for manifest in manifests)
+
+
+def _manifest_folders(folder: Path) -> list[Path]:
+    """The folder and its newest iteration: a save of ours has its manifest in the latter."""
+    return [folder, *sorted(folder.glob("iter_*"))[-1:]]
 
 
 def _check_layout(values: Values) -> list[str]:
@@ -104,7 +109,7 @@ def _check_rope_scaling(values: Values, sources: Sources) -> None:
     folder: Path = values["load.load"]
     config = folder / "config.json"
     if not config.is_file():
-        if (folder / MANIFEST_NAME).is_file():
+        if any((place / MANIFEST_NAME).is_file() for place in _manifest_folders(folder)):
             return  # a save of ours: its base has the config.json
         raise UsageError(
             f"--rope-scaling-type {passed}: rope scaling is read from config.json, and {folder} has none; put the model's config.json there"

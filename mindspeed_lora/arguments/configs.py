@@ -51,7 +51,6 @@ class RuntimeFlags:
     params_dtype: str | None = None
     seed: int = 1234
     distributed_timeout_minutes: int = 10
-    distributed_backend: str | None = None  # as passed; always the device's own backend
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,6 @@ class LoadFlags:
     finetune: bool = False  # weights only, iteration 0
     load_optim: bool = True
     load_rng: bool = True
-    exit_on_missing_checkpoint: bool = False
     verify: bool = False  # check every part's checksum
 
 
@@ -105,7 +103,6 @@ class DataFlags:
     pad_to_seq_length: bool = True  # False with --no-pad-to-seq-lengths
     pad_to_multiple_of: int = 8  # tokens
     shuffle: bool = True
-    num_workers: int = 2
 
 
 @dataclass(frozen=True)
@@ -188,7 +185,6 @@ class InferenceConfig:
     tasks: tuple[str, ...] = ("greedy", "do_sample")
     prompts: tuple[str, ...] = ("how are you?",)
     max_new_tokens: int = 128
-    max_length: int = 256
     top_p: float = 0.95
     top_k: int = 50
     temperature: float = 0.7
@@ -216,7 +212,7 @@ class EvaluationConfig:
     evaluation_batch_size: int = 1
     max_new_tokens: int | None = None
     use_chat_template: bool = False  # mmlu scores log-likelihoods of letters: no template unless --prompt-type asks
-    output_path: Path | None = None  # None: no file but the log; evaluation.py defaults it beside the checkpoint
+    output_path: Path | None = None  # folder of results; None: no file, the log only
 
 
 @dataclass(frozen=True)
@@ -232,10 +228,7 @@ class PreprocessConfig:
     seq_length: int | None = None  # records are cut to fit; None: no cut (100000)
     workers: int = 1
     log_interval: int = 1000
-    json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
-    overwrite_cache: bool = False
-    cache_dir: Path | None = None
 
 
 @dataclass(frozen=True)

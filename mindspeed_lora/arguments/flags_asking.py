@@ -25,15 +25,6 @@ INFERENCE = [
         not_yet={name: f"{name} {LATER_TASK}" for name in ("beam_search", "beam_search_with_sampling", "chat")},
     ),
     active("--max-new-tokens", (INFER,), "prompts and answers", "longest answer", COUNT, "max_new_tokens", unit="tokens"),
-    active(
-        "--max-length",
-        (INFER,),
-        "prompts and answers",
-        "longest prompt and answer together, where --max-new-tokens is absent",
-        COUNT,
-        "max_length",
-        unit="tokens",
-    ),
     active("--top-p", (INFER,), "prompts and answers", "do_sample: smallest set of tokens with this probability", SHARE, "top_p"),
     active("--top-k", (INFER,), "prompts and answers", "do_sample: most likely tokens to choose from; 0: all", COUNT_OR_ZERO, "top_k"),
     active("--temperature", (INFER,), "prompts and answers", "do_sample: below 1 sharper, above 1 flatter", POSITIVE, "temperature"),
@@ -47,6 +38,7 @@ INFERENCE = [
         "hf_chat_template",
     ),
     active("--micro-batch-size", (INFER,), "batch and length", "prompts answered together", COUNT, "micro_batch_size"),
+    *accepted("max-length", (INFER,), "--max-new-tokens limits the answer, and wins over it in MindSpeed-LLM as well", COUNT),
     *accepted("use-kv-cache", (INFER,), "the key-value cache is always on", dest=("use_kv_cache",)),
 ]
 
@@ -97,7 +89,23 @@ EVALUATION = [
     active(
         "--no-chat-template", (EVALUATE,), "template", "ask without a chat template (the default)", None, "use_chat_template", const=False
     ),
-    active("--output-path", (EVALUATE,), "score", "JSON file of scores", PATH, "output_path", default_text="beside the checkpoint"),
+    active(
+        "--output-path",
+        (EVALUATE,),
+        "score",
+        "folder for results.json and the answers item by item",
+        PATH,
+        "output_path",
+        default_text="no file, the log only",
+    ),
+    active(
+        "--hf-chat-template",
+        (EVALUATE,),
+        "template",
+        "ask in the tokenizer's own chat template (not with --prompt-type)",
+        None,
+        "use_chat_template",
+    ),
     *accepted("use-kv-cache", (EVALUATE,), "likelihoods need no cache; where text is generated it is always on"),
     *accepted("broadcast", (EVALUATE,), "all ranks of a replica always work on the same question"),
     *accepted("micro-batch-size", (EVALUATE,), "--evaluation-batch-size says how many questions go together", COUNT),

@@ -20,14 +20,6 @@ LOADING = [
         must_exist="folder",
     ),
     active("--lora-load", RUNS, "files", "adapter folder: ours, MindSpeed-LLM's or PEFT's", PATH, "load.lora_load", must_exist="folder"),
-    active(
-        "--exit-on-missing-checkpoint",
-        RUNS,
-        "files",
-        "a missing checkpoint ends the run (it does so anyway)",
-        None,
-        "load.exit_on_missing_checkpoint",
-    ),
     active("--verify", RUNS, "files", "check the checksum of every file before the run", None, "load.verify"),
     active(
         "--tokenizer-name-or-path",

@@ -125,7 +125,6 @@ PARALLEL = [
         TEXT,
         only=("nccl", "hccl", "gloo"),
         otherwise="use nccl, hccl or gloo; it is always the device's own backend",
-        dest=("runtime.distributed_backend",),
     ),
     *accepted("context-parallel-size", RUNS, "the size is 1", COUNT, only=(1,), otherwise=LATER_CONTEXT_PARALLEL),
     *accepted("ulysses-degree-in-cp", RUNS, "the size is 1", COUNT, only=(1,), otherwise=LATER_CONTEXT_PARALLEL),
@@ -143,6 +142,7 @@ PARALLEL = [
         only=(1,),
         otherwise=LATER_EXPERTS,
     ),
+    *accepted("exit-on-missing-checkpoint", RUNS, "a missing checkpoint always ends the run"),
     *accepted("no-shared-storage", RUNS, "each machine reads the checkpoint at the path it was given; nothing is converted on the way"),
     *accepted("overlap-grad-reduce overlap-param-gather", RUNS, "gradients are reduced once per step, in one flat buffer"),
 ]
@@ -153,6 +153,7 @@ TRAINING = [
     *accepted("variable-seq-lengths", T, "lengths may always differ from step to step"),
     *accepted("calculate-per-token-loss", T, "already so (--loss-normalization tokens)", dest=("per_token_loss",)),
     *accepted("enable-hf2mg-convert", T, "--load takes Hugging Face folders directly"),
+    *accepted("num-workers", T, "each rank reads its rows from a memory map, which needs no further processes", COUNT_OR_ZERO),
     *accepted("workers", T, "preprocess_data.py prepares the data", COUNT),
     *accepted("initial-loss-scale", RUNS, "bf16 and fp32 need no loss scale", NUMBER),
     *accepted("no-check-for-nan-in-loss-and-grad", T, "a loss that is not finite always ends the run"),

@@ -186,14 +186,14 @@ PREPROCESSING = [
         "map_keys",
         default_text="prompt: instruction, query: input, response: output, messages: conversations",
     ),
-    active("--json-keys", P, "data", "columns of plain text; instruction data does not read them", TEXT, "json_keys", many=True),
     active("--append-eod", P, "data", "end every record with the end-of-document token", None, "append_eod"),
     active("--seq-length", P, "batch and length", "cut records to this length", COUNT, "seq_length", unit="tokens", default_text="no cut"),
     active("--workers", P, "data", "processes", COUNT, "workers"),
     active("--log-interval", P, "saving and logging", "print every so many records", COUNT, "log_interval", unit="records"),
-    active("--overwrite-cache", P, "data", "read the input again, whatever the cache holds", None, "overwrite_cache"),
-    active("--cache-dir", P, "data", "folder of the readers' cache", PATH, "cache_dir", default_text="a temporary folder"),
     *accepted("seed", P, "nothing is random here", WHOLE),
+    *accepted("json-keys", P, "it names columns of plain text; instruction data has none", TEXT, many=True),
+    *accepted("overwrite-cache", P, "nothing is cached: the input is read directly"),
+    *accepted("cache-dir", P, "nothing is cached: the input is read directly", TEXT),
 ]
 
 FLAGS: list[Flag] = [*CONVERSION, *PREPROCESSING]

@@ -27,7 +27,6 @@ DATA = [
     ),
     active("--split", T, "data", "shares of training, validation and test", SPLIT, "data.split", default_text="969,30,1"),
     active("--no-shuffle", T, "data", "take the records in their own order", None, "data.shuffle", const=False),
-    active("--num-workers", T, "data", "processes that read data, per rank (0: in the rank itself)", COUNT_OR_ZERO, "data.num_workers"),
 ]
 
 BATCH = [

@@ -53,8 +53,7 @@ EXAMPLES = {
         "torchrun --nproc_per_node 2 evaluation.py --load model_weights/qwen3_mcore --lora-load ckpt/lora --pipeline-model-parallel-size "
         "2 --task mmlu "
         "--task-data-path mmlu/test",
-        "python evaluation.py --load model_from_hf/qwen3_hf --task mmlu --task-data-path mmlu --max-eval-samples 20 --output-path "
-        "scores.json",
+        "python evaluation.py --load model_from_hf/qwen3_hf --task mmlu --task-data-path mmlu --max-eval-samples 20 --output-path scores",
     ),
 }
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NoReturn
 
 from mindspeed_lora import __version__
@@ -118,6 +119,7 @@ def _epilog(command: str) -> str:
     return "\n".join(lines)
 
 
+@cache
 def build_parser(command: str) -> argparse.ArgumentParser:
     """The parser of one command: groups in the order of GROUPS, no abbreviations."""
     parser = _Parser(
@@ -129,7 +131,6 @@ def build_parser(command: str) -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=44, width=120),
     )
     parser.add_argument("--version", action="version", version=f"mindspeed_lora {__version__}")
-    parser.set_defaults(given=[])
     defaults = config_paths(CONFIGS[command])
     for name in GROUPS:
         flags = [flag for flag in flags_of(command).values() if flag.group == name]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mindspeed_lora.arguments.configs import LoadFlags
 from mindspeed_lora.checkpoint.resume import RESUME_FOLDER, has_training_state
 from mindspeed_lora.errors import CheckpointError, UsageError
-from mindspeed_lora.manifest import read_manifest
+from mindspeed_lora.manifest import read_manifest, verify_parts
 from mindspeed_lora.weights.adapters import Adapter
 from mindspeed_lora.weights.megatron_files import TRACKER_NAME
 from mindspeed_lora.weights.megatron_folder import find_iteration, is_megatron_folder
@@ -47,6 +48,9 @@ def find_start(load: LoadFlags, lora: bool) -> StartPoint:
     if adapter_path is None and (known := adapter_only_base(load.load)) is not None:
         base_path, adapter_path = known, load.load
         notes.append(f"--load {load.load} holds an adapter; its base is {base_path}")
+    if load.verify and os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine: it reads every byte
+        for folder in filter(None, (base_path, adapter_path)):
+            notes.append(verify_folder(folder))
     base = open_base(base_path)
     if adapter_path is None and base.lora is not None:
         adapter_path = base_path
@@ -57,6 +61,24 @@ def find_start(load: LoadFlags, lora: bool) -> StartPoint:
     continued = adapter_path if adapter_path is not None else (None if lora else base_path)
     resume = _training_state(continued, adapter is not None, notes) if continued is not None else None
     return StartPoint(base, adapter, resume, continued if resume else None, notes)
+
+
+def verify_folder(folder: Path) -> str:
+    """Compare every file of a checkpoint with the size and checksum in its manifest; returns a note.
+
+    Raises:
+        CheckpointError: a file is missing, has another size, or other bytes.
+    """
+    places = [folder, *([find_iteration(folder)[0]] if is_megatron_folder(folder) else [])]
+    verified = 0
+    for place in places:
+        manifest = read_manifest(place)
+        if manifest is not None:
+            verify_parts(place, manifest)
+            verified += len(manifest.parts)
+    if not verified:
+        return f"--verify: {folder} has no manifest to compare with"
+    return f"--verify: {verified} files of {folder} have their checksums"
 
 
 def adapter_only_base(folder: Path) -> Path | None:
