@@ -96,6 +96,8 @@ def test_placeholders_are_replaced_once(tokenizer: Any) -> None:
     message = {"role": "user", "content": "{{content}} and {{idx}}"}
     ((source, target),) = texts(load_template("empty"), tokenizer, [message, assistant("{{content}}")])
     assert (source, target) == ("{{content}} and 0", "{{content}}")
+    twice = Template("t", user=("{{content}}|{{content}}",))
+    assert texts(twice, tokenizer, [USER, assistant("x")])[0][0] == "Hi|{{content}}"  # as the peer
 
 
 def test_stop_tokens(tokenizer: Any) -> None:

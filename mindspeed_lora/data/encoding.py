@@ -65,7 +65,7 @@ class RecordEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         self.tokenizer = tokenizer
         self.recipe = recipe
-        self._eos: int | None = tokenizer.eos_token_id
+        self._eos: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._stops = set(recipe.template.stop_token_ids(tokenizer))
         blank = ElementEncoder(tokenizer, recipe.template.name)
         blank.add(("\n", " ", "\n\n"))
@@ -114,25 +114,19 @@ class RecordEncoder:
         cut = cut_turns(pairs, self.recipe.seq_length or DEFAULT_CUTOFF, template.cut_rule)
         ids: list[int] = []
         labels: list[int] = []
-        eos = self._eos
-        efficient_eos = template.efficient_eos and eos is not None
+        efficient_eos = self._eos if template.efficient_eos else []
         for number, (source, target) in enumerate(cut):
             ids += source
             ids += target
             hidden = [IGNORED] * len(source)
             if efficient_eos and number and hidden:
-                hidden[0] = eos
+                hidden[:1] = efficient_eos
             labels += hidden
             labels += target
             notes["turns without a stop token at the end"] += not efficient_eos and not self._stops_well(target)
         notes["records cut to --seq-length"] += _count(cut) != _count(pairs)
-        if efficient_eos:
-            ids.append(eos)
-            labels.append(eos)
-        if self.recipe.append_eod and eos is not None:
-            ids.append(eos)
-            labels.append(eos)
-        return ids, labels
+        end = [*efficient_eos, *(self._eos if self.recipe.append_eod else ())]
+        return ids + end, labels + end
 
     def _stops_well(self, target: list[int]) -> bool:
         for index in reversed(target):
