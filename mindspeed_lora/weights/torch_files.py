@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ _EXPECTED_MODULES = (
     "torch",
     "transformers",
 )
+_EXPECTED_BUILTINS = tuple(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("list", "dict", "set", "int", "float"))
 
 
 class InertObject:
@@ -52,20 +54,34 @@ class InertObject:
             self.state = state
 
 
-class InertMapping(dict):
-    """Stands for ``collections.defaultdict`` and the like: its items, without its factory."""
+class InertMapping:
+    """Stands for ``collections.defaultdict``: making one gives a plain ordered dictionary, without the factory."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> InertMapping:
-        """Accept any arguments."""
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
+    def __new__(cls, *args: Any, **kwargs: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        """A dictionary of a type that torch's restricted reader fills."""
+        return OrderedDict()
 
 
 def _stand_in(name: str) -> type:
     base = InertMapping if name == "collections.defaultdict" else InertObject
     return type(f"Inert_{name.rpartition('.')[2]}", (base,), {})
+
+
+def _unreadable_reason(message: str) -> str:
+    if "Unsupported operand" in message:  # torch's restricted reader knows pickle protocol 2
+        return (
+            "its pickle protocol is not 2, as in the files of the peer's convert_ckpt_v2.py, and cannot be read without running code; "
+            "write the checkpoint again with convert_ckpt.py"
+        )
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    reason = next(
+        (line for line in lines if line.startswith(("Can only", "Unsupported", "Trying"))), lines[0] if lines else "no reason given"
+    )
+    return f"holds something that cannot be read without running code ({reason})"
+
+
+def _is_expected(name: str) -> bool:
+    return name.partition(".")[0] in _EXPECTED_MODULES or name in _EXPECTED_BUILTINS
 
 
 def load_torch_file(path: Path) -> dict[str, Any]:
@@ -83,7 +99,7 @@ def load_torch_file(path: Path) -> dict[str, Any]:
         )
     try:
         names = get_unsafe_globals_in_checkpoint(path)
-        refused = [name for name in names if name.partition(".")[0] not in _EXPECTED_MODULES]
+        refused = [name for name in names if not _is_expected(name)]
         if refused:
             raise CheckpointError(
                 f"{path}: refers to {', '.join(sorted(refused))}, which no Megatron checkpoint needs; refused, nothing of it was run. "
@@ -92,10 +108,7 @@ def load_torch_file(path: Path) -> dict[str, Any]:
         with safe_globals([(_stand_in(name), name) for name in names]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: not readable without running code ({str(error).splitlines()[0]}); "
-            "files of the peer's convert_ckpt_v2.py (pickle protocol 4) are such: write them again with convert_ckpt.py"
-        ) from error
+        raise CheckpointError(f"{path}: {_unreadable_reason(str(error))}") from error
     except (RuntimeError, EOFError, KeyError, ValueError, OSError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged or no torch checkpoint ({str(error).splitlines()[0]})") from error
     if not isinstance(content, dict):

@@ -1,0 +1,216 @@
+"""Against the peer's own output, both ways; and streaming."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conversion_helpers import assert_same_tensors, load_folder, run_convert
+from helpers import golden, shared_data, tiny_llama, tiny_qwen3
+from safetensors.torch import load_file
+
+from mindspeed_lora.arguments.configs import LORA_TARGETS, LoraFlags
+from mindspeed_lora.conversion.megatron_to_hf import write_hugging_face
+from mindspeed_lora.manifest import read_manifest, verify_parts
+from mindspeed_lora.weights.sources import open_adapter, open_base
+from mindspeed_lora.weights.table import WeightTable
+from mindspeed_lora.weights.torch_files import load_torch_file
+
+CASES: dict[str, dict[str, Any]] = {
+    "v1_qwen3_tp2pp2": dict(tp=2, pp=2, model_type_hf="qwen3"),
+    "v1_llama3_tp2pp2": dict(tp=2, pp=2, model_type_hf="llama2"),
+    "v1_qwen3_tp2pp1": dict(tp=2, pp=1, model_type_hf="qwen3"),
+    "v1_qwen3_tp2pp2_vpp1": dict(tp=2, pp=2, model_type_hf="qwen3", layers_per_virtual_stage=1),
+    "v1_qwen25tied_tp2pp2": dict(tp=2, pp=2, model_type_hf="llama2", add_qkv_bias=True),
+    "v1_qwen25tied_tp2pp1_vocabpad128": dict(tp=2, pp=1, model_type_hf="llama2", add_qkv_bias=True, make_vocab_size_divisible_by=128),
+}
+# Values of args where the peer stores its own defaults, or what is of no meaning here.
+OTHER_ARGS = {"rotary_base", "attention_dropout", "hidden_dropout", "tokenizer_type", "make_vocab_size_divisible_by"}
+
+
+def convert_case(case: str, target: Path) -> Path:
+    options = dict(CASES[case])
+    sizes = dict(target_tensor_parallel_size=options.pop("tp"), target_pipeline_parallel_size=options.pop("pp"))
+    run_convert("hf", "mg", golden() / case / "input/hf", target, params_dtype="bf16", **sizes, **options)
+    return target
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hf_to_megatron_writes_what_the_peer_writes(case: str, tmp_path: Path) -> None:
+    ours, theirs = convert_case(case, tmp_path / "mg"), golden() / case / "output/mg"
+    files = sorted(path.relative_to(theirs) for path in theirs.rglob("*.pt"))
+    assert files == sorted(path.relative_to(ours) for path in ours.rglob("*.pt"))
+    assert (ours / "latest_checkpointed_iteration.txt").read_bytes() == (theirs / "latest_checkpointed_iteration.txt").read_bytes()
+    for file in files:
+        found, expected = load_torch_file(ours / file), load_torch_file(theirs / file)
+        assert list(found) == list(expected), "top-level keys, in order"
+        for key, value in expected.items():
+            if key.startswith("model"):
+                assert type(found[key]) is type(value) and list(found[key]) == list(value), "names, in order"
+                for name, tensor in value.items():
+                    same = tensor is None if found[key][name] is None else tensor.dtype == found[key][name].dtype
+                    assert same and (tensor is None or torch.equal(found[key][name], tensor)), name
+            elif key != "args":
+                assert found[key] == value
+        args, peer_args = vars(found["args"]), vars(expected["args"])
+        assert {name for name in args if args[name] != peer_args[name]} <= OTHER_ARGS
+        with zipfile.ZipFile(ours / file) as archive:
+            assert archive.testzip() is None, "every record's CRC32 is right"
+        assert type(torch.load(ours / file, weights_only=False)["args"]).__name__ == "Namespace"
+
+
+@pytest.mark.parametrize("case", [*CASES, "v1_qwen3_tp1pp2_list13"])
+def test_megatron_to_hf_gives_back_the_model(case: str, tmp_path: Path) -> None:
+    source = golden() / case / "input/hf"
+    run_convert("mg", "hf", golden() / case / "output/mg", tmp_path / "hf", hf_cfg_dir=source)
+    assert_same_tensors(tmp_path / "hf", source)
+    assert json.loads((tmp_path / "hf/config.json").read_text()) == json.loads((source / "config.json").read_text())
+
+
+def test_unzip_finds_no_error(tmp_path: Path) -> None:
+    if shutil.which("unzip") is None:
+        pytest.skip("no unzip on this machine")
+    for file in convert_case("v1_qwen3_tp2pp2", tmp_path / "mg").rglob("*.pt"):
+        assert subprocess.run(["unzip", "-tq", str(file)], capture_output=True, check=False).returncode == 0
+
+
+def test_merging_the_peer_s_adapter(tmp_path: Path) -> None:
+    case = golden() / "v1lora_qwen3_tp2pp2_filter"
+    save_dir = Path(shutil.copytree(case / "input/hf_savedir_before", tmp_path / "hf"))
+    lora = LoraFlags(8, 16.0, LORA_TARGETS)
+    run_convert("mg", "hf", case / "input/mg", save_dir, model_type_hf="qwen3", lora_load=case / "input/lora", lora=lora)
+    merged, theirs = load_folder(save_dir / "mg2hg"), load_file(case / "output/mg2hf/model.safetensors")
+    assert set(merged) == set(theirs)
+    assert max(float((merged[name].float() - theirs[name].float()).abs().max()) for name in theirs) <= 5e-3
+    base, adapter = open_base(case / "input/mg"), open_adapter(case / "input/lora")
+    table = WeightTable(open_base(save_dir / "mg2hg").model_config)
+    for row, layer in table.entries():
+        for index, (name, weight) in enumerate(zip(row.hf_names(layer), base.parts(row, layer), strict=True)):
+            if row.module is not None:
+                matrix_a, matrices_b = adapter.lora_parts(row, layer)
+                weight = (weight.float() + 16 / 8 * (matrices_b[index].float() @ matrix_a.float())).to(weight.dtype)
+            assert torch.equal(merged[name], weight), f"{name}: not fp32 arithmetic cast once"
+
+
+def test_merging_a_unified_checkpoint_of_the_peer(tmp_path: Path) -> None:
+    case = golden() / "v1lora_qwen3_tp1pp1_unified"
+    save_dir = Path(shutil.copytree(case / "input/hf_savedir_before", tmp_path / "hf"))
+    run_convert("mg", "hf", case / "input/lora", save_dir, lora=LoraFlags(8, 16.0, LORA_TARGETS))
+    merged, theirs = load_folder(save_dir / "mg2hg"), load_file(case / "output/mg2hf/model.safetensors")
+    assert set(merged) == set(theirs)
+    assert max(float((merged[name].float() - theirs[name].float()).abs().max()) for name in theirs) <= 5e-3
+
+
+def test_exporting_the_peer_s_adapter_where_the_peer_is_wrong_at_tensor_parallel_2(tmp_path: Path) -> None:
+    case = golden() / "v1lora_qwen3_tp2pp2_savelorahf"
+    save_dir = Path(shutil.copytree(case / "input/hf_savedir_before", tmp_path / "hf"))
+    run_convert("mg", "hf", case / "input/lora", save_dir, save_lora_to_hf=True)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (save_dir / "mg2hg", case / "output/mg2hf"))
+    assert set(ours) == set(theirs)
+    for name in theirs:
+        if name.endswith(("gate_proj.lora_B.weight", "up_proj.lora_B.weight")):
+            # The peer cuts [gate_0; up_0; gate_1; up_1] in halves, so its gate_proj is [gate_0; up_0]; its merged model is cut right.
+            gate, up = (ours[name.replace("up_proj", "gate_proj").replace("gate_proj", part)] for part in ("gate_proj", "up_proj"))
+            half = slice(0, 48) if "gate_proj" in name else slice(48, 96)
+            assert torch.equal(theirs[name], torch.cat([gate[half], up[half]]))
+        else:
+            assert torch.equal(ours[name], theirs[name]), name
+
+
+LAYOUTS = [(1, 1, None), (2, 1, None), (1, 4, None), (4, 2, 1), (2, 2, 1)]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-tied", "llama"])
+def test_any_layout_to_any_other_and_back(family: str, tmp_path: Path) -> None:
+    source = tiny_llama(tmp_path / "hf") if family == "llama" else tiny_qwen3(tmp_path / "hf", tied=family.endswith("tied"))
+    (source / "tokenizer.json").write_text("{}")
+    fingerprints, folder, kind = {open_base(source).fingerprint()}, source, "hf"
+    for tp_size, pp_size, chunk in LAYOUTS:
+        target = tmp_path / f"tp{tp_size}pp{pp_size}"
+        sizes = dict(target_tensor_parallel_size=tp_size, target_pipeline_parallel_size=pp_size, layers_per_virtual_stage=chunk)
+        run_convert(kind, "mg", folder, target, **sizes)
+        folder, kind = target, "mg"
+        base = open_base(target)
+        fingerprints.add(base.fingerprint())
+        manifest = read_manifest(target)
+        assert manifest is not None and manifest.fingerprint == base.fingerprint() and manifest.dtype == "float32"
+        verify_parts(target, manifest)
+    assert len(fingerprints) == 1, "the fingerprint does not depend on the layout"
+    run_convert("mg", "hf", folder, tmp_path / "back", verify=True)
+    assert_same_tensors(tmp_path / "back", source)
+    assert {path.name for path in source.iterdir()} <= {path.name for path in (tmp_path / "back").iterdir()}
+
+
+def test_real_weights_survive(tmp_path: Path) -> None:
+    source = shared_data() / "stories260k/hf"
+    run_convert("hf", "mg", source, tmp_path / "mg", target_tensor_parallel_size=4)
+    run_convert("mg", "hf", tmp_path / "mg", tmp_path / "hf")
+    assert_same_tensors(tmp_path / "hf", source)
+    assert (tmp_path / "hf/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_params_dtype_casts_and_says_so_in_config_json(tmp_path: Path) -> None:
+    source = tiny_qwen3(tmp_path / "hf")
+    run_convert("hf", "mg", source, tmp_path / "mg", params_dtype="bf16")
+    base = open_base(tmp_path / "mg")
+    assert base.dtype == torch.bfloat16 and base.args is not None and base.args.bf16 and base.args.params_dtype is torch.bfloat16
+    assert base.config is not None and base.config.dtype == "bfloat16"
+    run_convert("mg", "hf", tmp_path / "mg", tmp_path / "back")
+    expected = {name: tensor.bfloat16() for name, tensor in load_folder(source).items()}
+    found = load_folder(tmp_path / "back")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_large_models_are_written_in_several_files_that_transformers_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setattr("mindspeed_lora.conversion.run.write_hugging_face", partial(write_hugging_face, max_shard_bytes=100_000))
+    source = tiny_qwen3(tmp_path / "hf")
+    run_convert("hf", "hf", source, tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors.index.json").is_file() and len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    assert_same_tensors(tmp_path / "out", source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.state_dict()["lm_head.weight"], load_folder(source)["lm_head.weight"])
+
+
+MEMORY_PROGRAM = """
+import resource, sys
+from pathlib import Path
+import torch
+from conversion_helpers import run_convert
+from safetensors.torch import save_file
+import mindspeed_lora.conversion.run, tqdm
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for load, save, source, target, sizes in (
+    ("hf", "mg", "hf", "mg", dict(target_tensor_parallel_size=2, target_pipeline_parallel_size=2)),
+    ("mg", "hf", "mg", "back", {}),
+):
+    run_convert(load, save, Path(sys.argv[1]) / source, Path(sys.argv[1]) / target, **sizes)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_the_model_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_qwen3(tmp_path / "hf", num_hidden_layers=8, hidden_size=512, intermediate_size=2048, num_attention_heads=8)
+    size_kib = (folder / "model.safetensors").stat().st_size // 1024
+    assert size_kib > 100_000
+    limit = "import mindspeed_lora.weights.megatron_folder as folder; folder._REOPEN_AFTER_BYTES = 1 << 24\n"
+    environment = {
+        "PYTHONPATH": ":".join([str(Path(__file__).parent), str(Path(__file__).parents[1])]),
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", limit + MEMORY_PROGRAM, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    grown_kib = int(result.stdout.split()[-1])
+    assert grown_kib < size_kib // 2, f"grew by {grown_kib} KiB for a model of {size_kib} KiB"

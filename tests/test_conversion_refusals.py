@@ -1,0 +1,149 @@
+"""Every wrong input of convert_ckpt: one message, and nothing left on the disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conversion_helpers import run_convert
+from helpers import golden, tiny_llama, tiny_qwen3
+from safetensors.torch import load_file, save_file
+
+from mindspeed_lora.arguments.configs import LORA_TARGETS, LoraFlags
+from mindspeed_lora.errors import CheckpointError, UsageError
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    return tiny_qwen3(tmp_path / "hf")
+
+
+USAGE: list[tuple[dict[str, Any], str]] = [
+    (dict(target_tensor_parallel_size=3), "tensor parallel size 3 does not divide the model's num_query_groups 4"),
+    (dict(target_pipeline_parallel_size=3), "does not divide the model's 4 layers"),
+    (dict(target_pipeline_parallel_size=2, layers_per_virtual_stage=3), "does not divide the 2 layers of a stage"),
+    (dict(target_tensor_parallel_size=0), "must be at least 1"),
+    (dict(make_vocab_size_divisible_by=0), "--make-vocab-size-divisible-by 0"),
+    (dict(model_type_hf="llama2"), "--model-type-hf llama2 does not fit config.json"),
+    (dict(params_dtype="int8"), "--params-dtype int8 is unknown"),
+    (dict(add_qkv_bias=True), "has no qkv bias"),
+    (dict(lora=LoraFlags(8, 16.0, LORA_TARGETS)), "name the adapter with --lora-load"),
+    (dict(save_lora_to_hf=True), "needs --save-model-type hf"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), USAGE)
+def test_flags_that_do_not_fit(hf: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        run_convert("hf", "mg", hf, tmp_path / "new/mg", **options)
+    assert message in str(error.value) and error.value.exit_code == 2
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("flag", ["tensor", "pipeline"])
+def test_a_hugging_face_folder_is_not_cut(hf: Path, tmp_path: Path, flag: str) -> None:
+    with pytest.raises(UsageError, match=f"--target-{flag}-parallel-size 2 with --save-model-type hf"):
+        run_convert("mg", "hf", hf, tmp_path / "out", **{f"target_{flag}_parallel_size": 2})
+    with pytest.raises(UsageError, match="--load-model-type xx is unknown"):
+        run_convert("xx", "hf", hf, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_the_wrong_kind(hf: Path, tmp_path: Path) -> None:
+    run_convert("hf", "mg", hf, tmp_path / "mg")
+    with pytest.raises(CheckpointError, match="use --load-model-type hf"):
+        run_convert("mg", "hf", hf, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="use --load-model-type mg"):
+        run_convert("hf", "mg", tmp_path / "mg", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        run_convert("hf", "mg", tmp_path / "absent", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        run_convert("hf", "hf", hf, tmp_path / "out", lora_load=tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        run_convert("mg", "hf", tmp_path / "mg", tmp_path / "out", hf_cfg_dir=tmp_path / "absent")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_over(hf: Path, tmp_path: Path) -> None:
+    run_convert("hf", "mg", hf, tmp_path / "mg")
+    before = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
+    for load, save, source, target in (("hf", "mg", hf, tmp_path / "mg"), ("hf", "mg", hf, hf)):
+        with pytest.raises(CheckpointError, match="nothing is overwritten"):
+            run_convert(load, save, source, target)
+    assert before == {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
+    run_convert("mg", "hf", tmp_path / "mg", hf)
+    assert (hf / "mg2hg/config.json").is_file(), "a folder with a model keeps it"
+    with pytest.raises(CheckpointError, match="mg2hg: already holds"):
+        run_convert("mg", "hf", tmp_path / "mg", hf)
+
+
+def test_without_config_json_the_rope_is_unknown(tmp_path: Path) -> None:
+    source = golden() / "v1_qwen3_tp2pp2/output/mg"
+    for save in ("hf", "mg"):
+        with pytest.raises(CheckpointError, match="do not hold the rotary base"):
+            run_convert("mg", save, source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run_convert("mg", "mg", source, tmp_path / "mg", hf_cfg_dir=golden() / "v1_qwen3_tp2pp2/input/hf")
+    assert (tmp_path / "mg/config.json").is_file()
+
+
+def test_two_configurations_must_describe_one_model(hf: Path, tmp_path: Path) -> None:
+    run_convert("hf", "mg", hf, tmp_path / "mg")
+    other = tmp_path / "other"
+    other.mkdir()
+    values = json.loads((hf / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**values, "rms_norm_eps": 1e-3}))
+    with pytest.raises(CheckpointError, match=r"norm_epsilon 0\.001.*describe different models"):
+        run_convert("mg", "hf", tmp_path / "mg", tmp_path / "out", hf_cfg_dir=other)
+    shutil.copyfile(tiny_llama(tmp_path / "llama") / "config.json", tmp_path / "mg/config.json")
+    with pytest.raises(CheckpointError, match="unknown to this model's weight table"):
+        run_convert("mg", "hf", tmp_path / "mg", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_in_the_middle_leaves_nothing(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mindspeed_lora.conversion.merge import WeightStream
+
+    original, calls = WeightStream.parts, []
+
+    def failing(self: WeightStream, row: Any, layer: int | None) -> list[torch.Tensor]:
+        calls.append(row)
+        if len(calls) == 20:
+            raise CheckpointError("the disk went away")
+        return original(self, row, layer)
+
+    monkeypatch.setattr(WeightStream, "parts", failing)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/notes.txt").write_text("mine")
+    for save, target in (("mg", tmp_path / "a/b/out"), ("hf", tmp_path / "a/out"), ("mg", tmp_path / "kept")):
+        calls.clear()
+        with pytest.raises(CheckpointError, match="went away"):
+            run_convert("hf", save, hf, target)
+    assert not (tmp_path / "a").exists()
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["notes.txt"]
+
+
+def test_verify_reads_every_part(hf: Path, tmp_path: Path) -> None:
+    run_convert("hf", "mg", hf, tmp_path / "mg")
+    run_convert("mg", "hf", tmp_path / "mg", tmp_path / "first")
+    tensors = load_file(tmp_path / "first/model.safetensors")
+    tensors["model.norm.weight"][3] += 1
+    save_file(tensors, tmp_path / "first/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*"):
+        run_convert("hf", "mg", tmp_path / "first", tmp_path / "again", verify=True)
+    assert not (tmp_path / "again").exists()
+
+
+def test_links_are_followed_and_only_contents_are_copied(hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/x").write_text('{"a": 1}')
+    (hf / "tokenizer.json").symlink_to(tmp_path / "blobs/x")
+    (hf / "modeling_evil.py").write_text("raise SystemExit")
+    (hf / "merges.txt").symlink_to(tmp_path / "absent")
+    run_convert("hf", "mg", hf, tmp_path / "mg")
+    assert not (tmp_path / "mg/tokenizer.json").is_symlink() and (tmp_path / "mg/tokenizer.json").read_text() == '{"a": 1}'
+    assert not (tmp_path / "mg/modeling_evil.py").exists() and not (tmp_path / "mg/merges.txt").exists()

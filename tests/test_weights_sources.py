@@ -1,0 +1,293 @@
+"""Opening folders: the peer's files, identity over layouts, and files that must be refused."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import golden, shared_data, tiny_llama, tiny_qwen3
+from safetensors.torch import load_file, save_file
+
+from mindspeed_lora.errors import CheckpointError, UsageError
+from mindspeed_lora.weights.families import check_model_type, model_config_from_dict
+from mindspeed_lora.weights.sources import open_adapter, open_base
+from mindspeed_lora.weights.table import WeightTable
+from mindspeed_lora.weights.torch_files import load_torch_file
+
+DENSE = (
+    "v1_qwen3_tp2pp2",
+    "v1_qwen3_tp2pp1",
+    "v1_qwen3_tp2pp2_vpp1",
+    "v1_qwen3_tp1pp2_list13",
+    "v1_llama3_tp2pp2",
+    "v1_qwen25tied_tp2pp2",
+    "v1_qwen25tied_tp2pp1_vocabpad128",
+)
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_the_peer_s_checkpoint_equals_the_model_it_came_from(case: str) -> None:
+    hf, mg = open_base(golden() / case / "input/hf"), open_base(golden() / case / "output/mg")
+    assert hf.config is not None and mg.config is None
+    table = WeightTable(hf.config)
+    hf.check_coverage(table)
+    mg.check_coverage(table)
+    for row, layer in table.entries():
+        for ours, theirs in zip(hf.parts(row, layer), mg.parts(row, layer), strict=True):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), row.name(layer)
+    assert hf.fingerprint() == mg.fingerprint(table) == mg.fingerprint()
+    sizes = mg.model_config
+    assert sizes.rotary_base is None, "the args of a V1 checkpoint do not know the rotary base"
+    assert (sizes.family, sizes.num_query_groups, sizes.kv_channels) == (
+        hf.config.family,
+        hf.config.num_query_groups,
+        hf.config.kv_channels,
+    )
+
+
+def test_the_fingerprint_sees_a_changed_tensor_and_a_changed_dtype(tmp_path: Path) -> None:
+    folder = tiny_qwen3(tmp_path / "hf")
+    before = open_base(folder).fingerprint()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][0, 0] += 1
+    save_file(tensors, folder / "model.safetensors")
+    changed = open_base(folder).fingerprint()
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    assert len({before, changed, open_base(folder).fingerprint()}) == 3
+
+
+def test_lora_values_come_from_args_only_with_targets() -> None:
+    filtered = open_adapter(golden() / "v1lora_qwen3_tp2pp2_filter/input/lora")
+    assert filtered.lora is not None and (filtered.lora.r, filtered.lora.alpha, filtered.iteration) == (8, 16.0, 20)
+    assert open_base(golden() / "v1_qwen3_tp2pp2/output/mg").lora is None
+    unified = open_base(golden() / "v1lora_qwen3_tp1pp1_unified/input/lora")
+    assert unified.lora == filtered.lora
+
+
+def test_stories260k_opens() -> None:
+    base = open_base(shared_data() / "stories260k/hf")
+    assert base.config is not None and base.config.tied_embeddings and base.config.rotary_base == 10000.0
+    base.check_coverage(WeightTable(base.config))
+
+
+# A head kept though tied, dropped keys, several files.
+
+
+def rewrite(folder: Path, **tensors: torch.Tensor) -> None:
+    stored = load_file(folder / "model.safetensors")
+    save_file({**stored, **tensors}, folder / "model.safetensors")
+
+
+def test_a_head_kept_in_a_tied_file_is_accepted_only_as_a_copy(tmp_path: Path) -> None:
+    folder = tiny_qwen3(tmp_path / "hf", tied=True)
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(folder, **{"lm_head.weight": embedding.clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    base = open_base(folder)
+    assert base.config is not None
+    base.check_coverage(WeightTable(base.config))
+    rewrite(folder, **{"lm_head.weight": embedding + 1})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
+        open_base(folder).check_coverage(WeightTable(base.config))
+
+
+def test_an_index_may_name_files_of_its_own_folder_only(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "hf")
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="only files of this folder"):
+        open_base(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda stored: stored.pop("model.layers.1.mlp.up_proj.weight"), "1 of 47 tensors are missing: model.layers.1.mlp.up_proj.weight"),
+        (
+            lambda stored: stored.update({"model.layers.0.mlp.router": torch.ones(1)}),
+            "unknown to this model's weight table: model.layers.0",
+        ),
+        (lambda stored: stored.update({"model.norm.weight": torch.ones(3)}), r"model.norm.weight has shape \[3\]"),
+    ],
+)
+def test_hf_files_that_do_not_fit_the_configuration(tmp_path: Path, damage: Any, message: str) -> None:
+    folder = tiny_qwen3(tmp_path / "hf")
+    stored = load_file(folder / "model.safetensors")
+    damage(stored)
+    save_file(stored, folder / "model.safetensors")
+    base = open_base(folder)
+    assert base.config is not None
+    with pytest.raises(CheckpointError, match=message.replace("47", str(len(WeightTable(base.config).hf_keys())))):
+        base.check_coverage(WeightTable(base.config))
+
+
+def test_truncated_and_foreign_files(tmp_path: Path) -> None:
+    folder = tiny_qwen3(tmp_path / "hf")
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-100])
+    with pytest.raises(CheckpointError, match="it is truncated"):
+        open_base(folder)
+    file.write_bytes(b"hello")
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        open_base(folder)
+    file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="safe_serialization=True"):
+        open_base(folder)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        open_base(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="neither a Hugging Face folder"):
+        open_base(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="neither a PEFT adapter"):
+        open_adapter(tmp_path / "empty")
+
+
+def copy_of(case: str, target: Path) -> Path:
+    return Path(shutil.copytree(golden() / case / "output/mg", target))
+
+
+def test_megatron_folders_with_something_missing(tmp_path: Path) -> None:
+    folder = copy_of("v1_qwen3_tp2pp2", tmp_path / "mg")
+    rank = folder / "iter_0000001/mp_rank_01_001"
+    file = rank / "model_optim_rng.pt"
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="truncated"):
+        open_base(folder).check_coverage(WeightTable(open_base(golden() / "v1_qwen3_tp2pp2/input/hf").model_config))
+    shutil.rmtree(rank)
+    with pytest.raises(CheckpointError, match="tensor rank 1, pipeline rank 1 of 2 x 2 is missing"):
+        open_base(folder)
+    shutil.rmtree(folder / "iter_0000001/mp_rank_00_001")  # the whole last stage: only args know of it
+    with pytest.raises(CheckpointError, match="tensor rank 0, pipeline rank 1 of 2 x 2 is missing"):
+        open_base(folder)
+    (folder / "latest_checkpointed_iteration.txt").write_text("7")
+    with pytest.raises(CheckpointError, match="iter_0000007: missing"):
+        open_base(folder)
+    (folder / "latest_checkpointed_iteration.txt").write_text("soon")
+    with pytest.raises(CheckpointError, match="expected an iteration number"):
+        open_base(folder)
+    with pytest.raises(CheckpointError, match="holds LoRA tensors only"):
+        open_base(golden() / "v1lora_qwen3_tp2pp2_filter/input/lora")
+    with pytest.raises(CheckpointError, match="expert parallel size 2"):
+        open_base(golden() / "v1_mixtral_tp2pp1ep2/output/mg")
+
+
+def save_rank(folder: Path, content: dict[str, Any]) -> Path:
+    rank = folder / "iter_0000001/mp_rank_00"
+    rank.mkdir(parents=True, exist_ok=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("1")
+    torch.save(content, rank / "model_optim_rng.pt")
+    return rank / "model_optim_rng.pt"
+
+
+def test_a_layer_missing_in_the_middle_is_not_closed_up(tmp_path: Path) -> None:
+    model = load_torch_file(golden() / "v1_qwen3_tp2pp1/output/mg/iter_0000001/mp_rank_00/model_optim_rng.pt")["model"]
+    save_rank(tmp_path, {"model": {name: value for name, value in model.items() if ".layers.1." not in name}})
+    with pytest.raises(CheckpointError, match="layer 1 is missing"):
+        open_base(tmp_path)
+
+
+class _Runs:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
+    proof = tmp_path / "it_ran"
+    path = save_rank(tmp_path / "mg", {"args": _Runs(f"touch {proof}"), "model": {}})
+    with pytest.raises(CheckpointError, match=r"(posix|nt)\.system.*refused, nothing of it was run"):
+        load_torch_file(path)
+    with pytest.raises(CheckpointError, match="refused"):
+        open_base(tmp_path / "mg")
+    assert not proof.exists()
+
+
+def test_pickle_protocol_4_is_refused_with_the_way_out() -> None:
+    with pytest.raises(CheckpointError, match=r"convert_ckpt_v2\.py.*write the checkpoint again with convert_ckpt\.py"):
+        open_base(golden() / "v2_qwen3_tp2pp2/output/mg")
+
+
+def test_containers_and_namespaces_are_read_without_their_classes(tmp_path: Path) -> None:
+    counts: collections.defaultdict[str, Any] = collections.defaultdict(list)
+    counts["a"] = torch.ones(2)
+    content = {
+        "args": argparse.Namespace(num_layers=3, params_dtype=torch.bfloat16, spec=["x", "y"]),
+        "model": collections.OrderedDict(a=torch.zeros(1)),
+        "model1": counts,
+    }
+    path = save_rank(tmp_path, content)
+    read = load_torch_file(path)
+    assert vars(read["args"])["num_layers"] == 3 and vars(read["args"])["params_dtype"] is torch.bfloat16
+    assert not isinstance(read["args"], argparse.Namespace), "nothing but an inert stand-in"
+    assert isinstance(read["model1"], dict) and torch.equal(read["model1"]["a"], torch.ones(2))
+
+
+# Configurations.
+
+LLAMA = dict(
+    model_type="llama",
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=10,
+    rms_norm_eps=1e-5,
+)
+
+
+def test_rope_of_both_generations_of_config_json() -> None:
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    old = model_config_from_dict({**LLAMA, "rope_theta": 500000.0, "rope_scaling": llama3})
+    new = model_config_from_dict({**LLAMA, "rope_parameters": {**llama3, "rope_theta": 500000.0}})
+    assert old == new and old.rope_scaling is not None and old.rope_scaling["rope_type"] == "llama3" and old.rotary_base == 500000.0
+    legacy = model_config_from_dict({**LLAMA, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert legacy.rope_scaling is not None and legacy.rope_scaling["rope_type"] == "linear"
+    plain = model_config_from_dict({**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}})
+    assert plain.rope_scaling is None and plain.rotary_base == 7.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"use_sliding_window": True, "sliding_window": 128}, "sliding_window 128 is on"),
+    ],
+)
+def test_configurations_that_are_not_computed_here(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        model_config_from_dict({**LLAMA, **change})
+
+
+def test_model_type_hf_names_a_layout() -> None:
+    llama = model_config_from_dict(LLAMA)
+    qwen2 = model_config_from_dict({**LLAMA, "model_type": "qwen2"})
+    assert qwen2.qkv_bias
+    for config in (llama, qwen2):
+        check_model_type("llama2", config)
+        check_model_type(None, config)
+        with pytest.raises(UsageError, match="--model-type-hf qwen3 does not fit"):
+            check_model_type("qwen3", config)
