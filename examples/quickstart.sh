@@ -78,10 +78,10 @@ say "A tokenizer and an untrained model of Qwen3's architecture"
 run make_model "$PYTHON" $HERE/make_model.py "$OUT/untrained"
 
 say "The base: all parameters learn the bundled base instructions (data parallel on 2 processes)"
-run preprocess_base "$PYTHON" preprocess_data.py --device cpu --input $HERE/base_instructions.json --output-prefix "$OUT/data/base" \
+run preprocess_base "$PYTHON" preprocess_data.py --input $HERE/base_instructions.json --output-prefix "$OUT/data/base" \
     --tokenizer-name-or-path "$OUT/untrained" --handler-name AlpacaStyleInstructionHandler --prompt-type qwen3
 run train_base "${TORCHRUN[@]}" posttrain_gpt.py --device cpu --stage sft --load "$OUT/untrained" --save "$OUT/base_run" \
-    --data-path "$OUT/data/base" "${BATCH[@]}" "${SCHEDULE[@]}" --train-iters "${BASE_ITERS:-300}" --lr 1.5e-3 --min-lr 1e-5 --no-save-optim
+    --data-path "$OUT/data/base" "${BATCH[@]}" "${SCHEDULE[@]}" --train-iters "${BASE_ITERS:-300}" --lr 3e-3 --min-lr 1e-5 --no-save-optim
 run convert_base "$PYTHON" convert_ckpt.py --load-model-type mg --save-model-type hf --load-dir "$OUT/base_run" --save-dir "$OUT/base_hf" \
     --hf-cfg-dir "$OUT/untrained"
 
@@ -96,12 +96,12 @@ run preprocess "$PYTHON" preprocess_data.py --input $HERE/new_facts.json --outpu
 say "Before: questions and exam, asked of the base"
 run ask_before "$PYTHON" inference.py --device cpu --load "$OUT/base_mg" --task greedy --prompt-type qwen3 --max-new-tokens 40 --prompt "${QUESTIONS[@]}"
 run exam_before "${TORCHRUN[@]}" evaluation.py --device cpu --load "$OUT/base_mg" --task mmlu --task-data-path $HERE/mmlu \
-    --prompt-type qwen3 --num-fewshot 0 --evaluation-batch-size 10 --output-path "$OUT/exam_before.json"
+    --prompt-type qwen3 --num-fewshot 0 --evaluation-batch-size 10 --output-path "$OUT/exam_before"
 
 say "Step 3. Train: LoRA at TP1 PP2 with --lora-fusion"
 run train "${TORCHRUN[@]}" posttrain_gpt.py --device cpu --stage sft --load "$OUT/base_mg" --save "$OUT/lora" --finetune \
     --data-path "$OUT/data/new" --tensor-model-parallel-size 1 --pipeline-model-parallel-size 2 "${LORA[@]}" --lora-fusion \
-    "${BATCH[@]}" "${SCHEDULE[@]}" --train-iters "${LORA_ITERS:-200}" --lr 3e-3 --min-lr 3e-5
+    "${BATCH[@]}" "${SCHEDULE[@]}" --train-iters "${LORA_ITERS:-240}" --lr 4e-3 --min-lr 4e-5
 
 say "Step 4. Ask again, with the adapter, unmerged"
 run ask_after "$PYTHON" inference.py --device cpu --load "$OUT/base_mg" --lora-load "$OUT/lora" --task greedy --prompt-type qwen3 \
@@ -109,7 +109,7 @@ run ask_after "$PYTHON" inference.py --device cpu --load "$OUT/base_mg" --lora-l
 
 say "Step 5. The exam again, with the adapter, unmerged"
 run exam_after "${TORCHRUN[@]}" evaluation.py --device cpu --load "$OUT/base_mg" --lora-load "$OUT/lora" --task mmlu --task-data-path $HERE/mmlu \
-    --prompt-type qwen3 --num-fewshot 0 --evaluation-batch-size 10 --output-path "$OUT/exam_after.json"
+    --prompt-type qwen3 --num-fewshot 0 --evaluation-batch-size 10 --output-path "$OUT/exam_after"
 
 say "Step 6. Merge the adapter into a Hugging Face model"
 run merge "$PYTHON" convert_ckpt.py --load-model-type mg --save-model-type hf --load-dir "$OUT/base_mg" --lora-load "$OUT/lora" --save-dir "$OUT/merged"

@@ -3,12 +3,13 @@
     python examples/quickstart/make_data.py            (writes beside this file)
 
 * ``base_instructions.json``: what everyone may know (true facts, opposites, small talk). The base model is taught these.
-* ``new_facts.json``: Tarnholm, an island that does not exist, so no model can know it. LoRA teaches these.
+* ``new_facts.json``: Tarnholm, an island that does not exist, so no model can know it. LoRA teaches these. Some of the base's own
+  records are among them, so that learning the new does not wipe out the old.
 * ``mmlu/{dev,test}/<subject>_{dev,test}.csv``: an exam in MMLU's layout (question, A, B, C, D, letter; no header), four
   subjects of 25: 12 questions on base facts, 13 on Tarnholm.
 
-Exam questions are taught with the options in the exam's order and in two others. The exam therefore measures what was
-learnt and kept, not reasoning: a model of three million parameters does not reason.
+Exam questions are taught with the options in the exam's order and in another. The exam therefore measures what was
+learnt and kept, not reasoning: a model of little more than a million parameters does not reason.
 All sentences are our own (Apache-2.0, like the rest of the project).
 """
 
@@ -23,7 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LETTERS = "ABCD"
-NUM_TAUGHT_ORDERS = 3  # the exam's own order is the first
+NUM_TAUGHT_ORDERS = 2  # the exam's own order is the first
 
 # One line per fact: question | full answer | short answer | three wrong answers. Lines without wrong answers are not in the exam.
 BASE = {
@@ -333,9 +334,9 @@ def plain_records(facts: list[Fact]) -> list[dict[str, str]]:
     return [record(fact.question, fact.sentence) for fact in facts]
 
 
-def choice_records(facts: list[Fact]) -> list[dict[str, str]]:
-    """Each exam fact as a multiple-choice question, in every taught order."""
-    asked = [(fact, shown, letter) for fact in facts if fact.options for shown, letter in option_orders(fact)]
+def choice_records(facts: list[Fact], num_orders: int = NUM_TAUGHT_ORDERS) -> list[dict[str, str]]:
+    """Each exam fact as a multiple-choice question, in the first ``num_orders`` orders."""
+    asked = [(fact, shown, letter) for fact in facts if fact.options for shown, letter in option_orders(fact)[:num_orders]]
     return [record(exam_prompt(fact.subject, fact.question, shown), letter) for fact, shown, letter in asked]
 
 
@@ -347,6 +348,11 @@ def other_base_records() -> list[dict[str, str]]:
         question, answer = (field.strip() for field in line.split("|"))
         records.append(record(question, answer))
     return records
+
+
+def reminders(base: list[Fact]) -> list[dict[str, str]]:
+    """Base records that the second set repeats: small talk and opposites, every other fact, and the exam's questions in its order."""
+    return other_base_records() + plain_records(base)[::2] + choice_records(base, num_orders=1)
 
 
 def exam_rows(facts: list[Fact], subject: str) -> list[list[str]]:
@@ -371,7 +377,7 @@ def build() -> dict[str, str]:
     base, new = parse_facts(BASE), parse_facts(NEW)
     files = {
         "base_instructions.json": plain_records(base) + other_base_records() + choice_records(base),
-        "new_facts.json": plain_records(new) + choice_records(new),
+        "new_facts.json": plain_records(new) + choice_records(new) + reminders(base),
     }
     texts = {name: json.dumps(records, indent=1, ensure_ascii=False) + "\n" for name, records in files.items()}
     for subject in BASE:
