@@ -81,6 +81,17 @@ def test_nothing_is_written_over(hf: Path, tmp_path: Path) -> None:
         run_convert("mg", "hf", tmp_path / "mg", hf)
 
 
+def test_a_tokenizer_that_lies_in_the_target_is_not_replaced(hf: Path, tmp_path: Path) -> None:
+    (hf / "tokenizer.json").write_text("{}")
+    (tmp_path / "mg").mkdir()
+    (tmp_path / "mg/tokenizer.json").write_text('{"mine": 1}')
+    with pytest.raises(CheckpointError, match=r"already holds another tokenizer\.json"):
+        run_convert("hf", "mg", hf, tmp_path / "mg")
+    assert [path.name for path in (tmp_path / "mg").iterdir()] == ["tokenizer.json"]
+    (tmp_path / "mg/tokenizer.json").write_text("{}")
+    run_convert("hf", "mg", hf, tmp_path / "mg")
+
+
 def test_without_config_json_the_rope_is_unknown(tmp_path: Path) -> None:
     source = golden() / "v1_qwen3_tp2pp2/output/mg"
     for save in ("hf", "mg"):

@@ -46,8 +46,12 @@ def test_a_rank_s_qkv_computes_the_projections_of_the_heads_it_owns(tp_size: int
     table = WeightTable(CONFIG)
     weight_row, bias_row = table.row(QKV.format(layer=1) + "weight"), table.row(QKV.format(layer=1) + "bias")
     weights, biases = random_parts(weight_row), random_parts(bias_row, seed=1)
+    named = {**dict(zip(weight_row.hf, weights, strict=True)), **dict(zip(bias_row.hf, biases, strict=True))}
+    stem = "model.layers.{layer}.self_attn."
     x = torch.randn(5, 12)
-    query, key, value = (torch.nn.functional.linear(x, w, b).view(5, -1, 3) for w, b in zip(weights, biases, strict=True))
+    query, key, value = (
+        torch.nn.functional.linear(x, named[f"{stem}{name}_proj.weight"], named[f"{stem}{name}_proj.bias"]).view(5, -1, 3) for name in "qkv"
+    )
     for rank in range(tp_size):
         shard = table.shard(weight_row, weights, rank, tp_size)
         bias = table.shard(bias_row, biases, rank, tp_size)
@@ -63,11 +67,13 @@ def test_a_rank_s_qkv_computes_the_projections_of_the_heads_it_owns(tp_size: int
 def test_the_ranks_mlp_shards_together_compute_the_gated_mlp(tp_size: int) -> None:
     table = WeightTable(CONFIG)
     fc1, fc2 = table.row("decoder.layers.0.mlp.linear_fc1.weight"), table.row("decoder.layers.0.mlp.linear_fc2.weight")
-    (gate, up), (down,) = random_parts(fc1), random_parts(fc2, seed=1)
+    parts, (down,) = random_parts(fc1), random_parts(fc2, seed=1)
+    named = dict(zip(fc1.hf, parts, strict=True))
+    gate, up = (named["model.layers.{layer}.mlp." + name] for name in ("gate_proj.weight", "up_proj.weight"))
     x = torch.randn(5, 12)
     total = torch.zeros(5, 12)
     for rank in range(tp_size):
-        own_gate, own_up = (x @ table.shard(fc1, [gate, up], rank, tp_size).T).chunk(2, dim=-1)
+        own_gate, own_up = (x @ table.shard(fc1, parts, rank, tp_size).T).chunk(2, dim=-1)
         size = 20 // tp_size
         torch.testing.assert_close(own_gate, (x @ gate.T)[:, rank * size : (rank + 1) * size])
         total += (torch.nn.functional.silu(own_gate) * own_up) @ table.shard(fc2, [down], rank, tp_size).T

@@ -67,6 +67,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
+        _refuse_other_contents(staging, target)
         for entry in sorted(staging.iterdir(), key=lambda path: path.name == TRACKER_NAME):
             fsync_path(entry)
             entry.replace(target / entry.name)
@@ -77,6 +78,14 @@ def staged_folder(target: Path) -> Iterator[Path]:
         for folder in created:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def _refuse_other_contents(staging: Path, target: Path) -> None:
+    """A file that is there already is left alone only where it is the same."""
+    for entry in staging.iterdir():
+        existing = target / entry.name
+        if existing.exists() and not (entry.is_file() and existing.is_file() and entry.read_bytes() == existing.read_bytes()):
+            raise CheckpointError(f"--save-dir {target}: already holds another {entry.name}; nothing is overwritten, choose another folder")
 
 
 def _missing_parents(target: Path) -> list[Path]:
