@@ -115,7 +115,7 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 def set_rng_state(device: torch.device, state: dict[str, torch.Tensor]) -> None:
     """Restore what :func:`rng_state` returned; another device's part is left out."""
     torch.set_rng_state(state["cpu"])
-    if device.type in state:
+    if device.type != "cpu" and device.type in state:
         torch.get_device_module(device).set_rng_state(state[device.type])
 
 

@@ -38,7 +38,8 @@ def _run_cell(function: Callable[..., Any], rank: int, world_size: int, store: s
             "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
         )
         value = function(*args)
-        dist.barrier()  # torch 2.7's gloo loses what is still under way when the other side leaves first
+        if dist.is_initialized():
+            dist.barrier()  # torch 2.7's gloo loses what is still under way when the other side leaves first
         return value
     finally:
         for name in _VARIABLES:

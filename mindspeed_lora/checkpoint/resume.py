@@ -12,7 +12,9 @@ may all change. Gate and up, which each rank holds as ``[gate_r; up_r]``, are st
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,11 +114,29 @@ def write_resume(
         tensors |= {f"rng.{kind}.{context.rank}": value for kind, value in rng_state(context.device).items()}
     if optimizer is not None or save_rng:
         try:
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=context.world_size == 1)
+            with _quiet():
+                dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=context.world_size == 1)
         except CheckpointException as error:
             raise CheckpointError(f"{folder}: {error}") from error
     if context.rank == 0:
         write_json(folder / STATE_FILE, {**asdict(state), "world_size": context.world_size})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's remark that one process saves alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _load(folder: Path, wanted: dict[str, torch.Tensor], context: ParallelContext) -> None:
+    """Fill ``wanted`` in place; Raises CheckpointError where a file is damaged. Collective."""
+    try:
+        with _quiet():
+            dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=context.world_size == 1)
+    except CheckpointException as error:
+        raise CheckpointError(f"{folder}: the training state cannot be read ({error}); pass --no-load-optim --no-load-rng, or --finetune") from error
 
 
 def read_trainer_state(folder: Path) -> TrainerState:
@@ -163,7 +183,7 @@ def restore_optimizer(folder: Path, optimizer: OptimizerState, steps: int, table
             form = exchange.stored_form(name, shard)
             _check_stored(folder, key, sizes, tuple(form.shape))
             wanted[key] = form
-        dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=context.world_size == 1)
+        _load(folder, wanted, context)
 
         def fetch(item: StateItem, shards: dict[str, torch.Tensor] = shards) -> torch.Tensor:
             return shards[item.name]
@@ -193,7 +213,7 @@ def restore_rng(folder: Path, context: ParallelContext) -> bool:
     sizes = _stored_sizes(folder)
     there = all(sizes.get(key) == tuple(value.shape) for key, value in wanted.items())
     if sizes:
-        dcp.load(wanted if there else {}, storage_reader=dcp.FileSystemReader(folder), no_dist=context.world_size == 1)
+        _load(folder, wanted if there else {}, context)
     if there:
         set_rng_state(context.device, state)
     return there

@@ -17,7 +17,7 @@ from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.lora.inject import inject_lora
 from mindspeed_lora.model.stage import GPTStage, build_stage_modules
-from mindspeed_lora.parallel.collectives import broadcast_object
+from mindspeed_lora.parallel.collectives import barrier, broadcast_object
 from mindspeed_lora.parallel.context import ParallelContext, initialize, shutdown, world_size_from_environment
 from mindspeed_lora.parallel.pipeline import PipelineRunner
 from mindspeed_lora.training.ending import report_end
@@ -53,6 +53,7 @@ def train(config: TrainConfig) -> int:
     )
     try:
         _run(plan, context)
+        barrier()  # torch 2.7's gloo loses what is under way when another rank leaves first
     finally:
         shutdown()
     return 0
