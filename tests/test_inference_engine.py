@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import shared_data, tiny_qwen3
-from pool import ProcessPool
+from pool import ProcessPool, RankError
 
 from mindspeed_lora.arguments.configs import InferenceConfig, LoadFlags, ParallelFlags, RuntimeFlags, TemplateFlags, TokenizerFlags
 from mindspeed_lora.errors import MindSpeedLoraError
@@ -191,3 +191,33 @@ def test_a_rank_that_cannot_load_stops_the_others(pool: ProcessPool) -> None:
     results = pool.run(missing_cell, 2, shared_data() / "stories260k" / "hf")
     assert [code for code, _ in results] == [1, 1]
     assert results[0][1] == "" and "no such folder" in results[1][1]
+
+
+def dead_worker_cell(folder: Path) -> None:
+    """The worker leaves after two passes; the driver must not wait for it."""
+    import time
+
+    from mindspeed_lora.inference.executor import Executor
+    from mindspeed_lora.inference.protocol import receive_message
+
+    session = open_session(config_for(folder, 1, 2), all_replicas=False)
+    assert session.stage is not None
+    if not session.is_driver:
+        executor = Executor(session.stage, session.context, session.channels)
+        for _ in range(2):
+            executor.execute(receive_message(session.channels.replica))
+        raise ValueError("the worker left")
+    engine = Engine(session.stage, session.context, session.channels)
+    start = time.perf_counter()
+    try:
+        for _ in range(5):
+            engine.forward(torch.tensor([[1, 2, 3]]))
+    except RuntimeError as error:
+        engine.stop()
+        raise ValueError(f"the driver noticed after {time.perf_counter() - start:.0f} s") from error
+
+
+def test_a_worker_that_dies_does_not_hang_the_driver(pool: ProcessPool) -> None:
+    with pytest.raises(RankError, match=r"the driver noticed after 1?\d s") as caught:
+        pool.run(dead_worker_cell, 2, shared_data() / "stories260k" / "hf", timeout=60)
+    assert "the worker left" in str(caught.value)

@@ -13,6 +13,7 @@ closes its connections, so its peers fail at once, whatever the timeout.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -72,4 +73,6 @@ def agree(error: MindSpeedLoraError | None, world: Group) -> None:
     rank = dist.get_rank(world) if world is not None else 0
     if error is not None and rank == failed[0]:
         raise error
+    # torchrun ends every rank once one has left: let the failing one speak first (the entry point makes ranks but 0 wait 3 s).
+    time.sleep(1.0 if failed[0] == 0 else 4.0)
     raise StoppedElsewhere(int(str(codes[failed[0]])))

@@ -15,6 +15,7 @@ import torch
 from mindspeed_lora.inference.channel import Channels
 from mindspeed_lora.inference.executor import Executor, Scores
 from mindspeed_lora.inference.protocol import Message, Operation, Output, receive_message, send_message
+from mindspeed_lora.log import get_logger
 from mindspeed_lora.model.stage import GPTStage
 from mindspeed_lora.parallel.context import ParallelContext
 
@@ -106,7 +107,10 @@ class Engine:
         """Release the workers; they return ``exit_code``."""
         if not self._stopped:
             self._stopped = True
-            send_message(Message(Operation.STOP, value=exit_code), self._replica)
+            try:
+                send_message(Message(Operation.STOP, value=exit_code), self._replica)
+            except RuntimeError as error:  # gloo: the other end of a connection is gone
+                get_logger().warning(f"a worker has left already ({str(error).splitlines()[0]})")
 
 
 def serve(stage: GPTStage, context: ParallelContext, channels: Channels) -> int:
