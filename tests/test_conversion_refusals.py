@@ -23,7 +23,7 @@ def hf(tmp_path: Path) -> Path:
 
 
 USAGE: list[tuple[dict[str, Any], str]] = [
-    (dict(target_tensor_parallel_size=3), "tensor parallel size 3 does not divide the model's num_query_groups 4"),
+    (dict(target_tensor_parallel_size=3), "tensor parallel size 3 does not divide the model's num_query_groups 4; use one of [1, 2, 4]"),
     (dict(target_pipeline_parallel_size=3), "does not divide the model's 4 layers"),
     (dict(target_pipeline_parallel_size=2, layers_per_virtual_stage=3), "does not divide the 2 layers of a stage"),
     (dict(target_tensor_parallel_size=0), "must be at least 1"),

@@ -320,7 +320,8 @@ class WeightTable:
             raise UsageError(f"tensor parallel size {tp_size} must be at least 1")
         for name, size in sizes.items():
             if size % tp_size:
-                valid = [n for n in range(1, config.num_query_groups + 1) if all(value % n == 0 for value in sizes.values())]
+                judged = [value for key, value in sizes.items() if key != "padded_vocab_size" or key == name]  # padding follows the size
+                valid = [n for n in range(1, config.num_query_groups + 1) if all(value % n == 0 for value in judged)]
                 hint = "; or pad the vocabulary with --make-vocab-size-divisible-by" if name == "padded_vocab_size" else ""
                 raise UsageError(f"tensor parallel size {tp_size} does not divide the model's {name} {size}; use one of {valid}{hint}")
 
