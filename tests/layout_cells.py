@@ -99,7 +99,7 @@ def pairwise(cells: list[Cell]) -> list[Cell]:
 
     def pairs(cell: Cell) -> set[tuple[Any, ...]]:
         values = [(index, value) for index, value in enumerate(dataclasses.astuple(cell))]
-        return {pair for pair in itertools.combinations(values, 2)}
+        return set(itertools.combinations(values, 2))
 
     left = set().union(*(pairs(cell) for cell in cells))
     chosen = []

@@ -123,7 +123,7 @@ class ProcessPool:
 
     def close(self) -> None:
         """End the processes; the next cell starts new ones."""
-        for process, connection in self._workers:
+        for _, connection in self._workers:
             with contextlib.suppress(OSError):
                 connection.send(None)
             connection.close()

@@ -44,7 +44,13 @@ def write_tokenizer(folder: Path) -> None:
         "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
     }
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "bos_token": "<s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
@@ -84,7 +90,9 @@ def make_config(folder: Path, **changes: Any) -> TrainConfig:
         load=LoadFlags(load=folder / "model"),
         tokenizer=TokenizerFlags(),
         template=TemplateFlags(),
-        data=DataFlags(data_path=str(folder / "data" / "set"), split=(100.0, 0.0, 0.0), seq_length=32, pad_to_seq_length=False, pad_to_multiple_of=4),
+        data=DataFlags(
+            data_path=str(folder / "data" / "set"), split=(100.0, 0.0, 0.0), seq_length=32, pad_to_seq_length=False, pad_to_multiple_of=4
+        ),
         optimizer=OptimizerFlags(lr=1e-3, min_lr=1e-4, lr_decay_style="cosine", lr_decay_iters=20, lr_warmup_iters=2),
         recompute=RecomputeFlags(),
         save=SaveFlags(),

@@ -23,7 +23,9 @@ class SavedStage(Protocol):
 
     layer_range: range
 
-    def state_dict(self) -> dict[str, torch.Tensor]: ...
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Name -> tensor."""
+        ...
 
 
 def local_name(name: str, first_layer: int) -> str:

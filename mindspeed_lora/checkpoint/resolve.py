@@ -80,18 +80,24 @@ def resolve_lora(flags: LoraFlags | None, adapter: Adapter | None) -> LoraSpec |
         if flags is None:
             return None
         if not passed.targets:
-            raise UsageError("LoRA flags without --lora-target-modules: name the layers to adapt, e.g. linear_qkv linear_proj linear_fc1 linear_fc2")
+            raise UsageError(
+                "LoRA flags without --lora-target-modules: name the layers to adapt, e.g. linear_qkv linear_proj linear_fc1 linear_fc2"
+            )
         return LoraSpec(passed.r or DEFAULT_R, DEFAULT_ALPHA if passed.alpha is None else passed.alpha, passed.targets)
     known = adapter.lora
     if known is None:
         if passed.r is None or passed.alpha is None or not passed.targets:
-            raise UsageError(f"--lora-load {adapter.path} does not record r, alpha and targets; pass --lora-r, --lora-alpha and --lora-target-modules")
+            raise UsageError(
+                f"--lora-load {adapter.path} does not record r, alpha and targets; pass --lora-r, --lora-alpha and --lora-target-modules"
+            )
         return LoraSpec(passed.r, passed.alpha, passed.targets)
     for flag, value, found in (("--lora-r", passed.r, known.r), ("--lora-alpha", passed.alpha, known.alpha)):
         if value is not None and value != found:
             raise _disagree(flag, value, f"--lora-load {adapter.path}", found, flag.removeprefix("--lora-"))
     if passed.targets and set(passed.targets) != set(known.targets):
-        raise _disagree("--lora-target-modules", " ".join(passed.targets), f"--lora-load {adapter.path}", " ".join(known.targets), "targets")
+        raise _disagree(
+            "--lora-target-modules", " ".join(passed.targets), f"--lora-load {adapter.path}", " ".join(known.targets), "targets"
+        )
     return known
 
 

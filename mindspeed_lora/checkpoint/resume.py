@@ -40,11 +40,19 @@ class StateItem(Protocol):
     """A trained parameter; ``cut``: over TP."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Global Megatron name."""
+        ...
+
     @property
-    def parameter(self) -> torch.nn.Parameter: ...
+    def parameter(self) -> torch.nn.Parameter:
+        """This rank's shard."""
+        ...
+
     @property
-    def cut(self) -> bool: ...
+    def cut(self) -> bool:
+        """Whether it is cut over TP."""
+        ...
 
 
 class OptimizerState(Protocol):
@@ -53,11 +61,25 @@ class OptimizerState(Protocol):
     state: dict[str, torch.Tensor]
 
     @property
-    def items(self) -> Sequence[StateItem]: ...
-    def export(self, kind: str) -> Iterator[tuple[StateItem, torch.Tensor]]: ...
-    def restore(self, kind: str, fetch: Callable[[StateItem], torch.Tensor]) -> None: ...
-    def set_steps(self, steps: int) -> None: ...
-    def publish(self) -> None: ...
+    def items(self) -> Sequence[StateItem]:
+        """The trained parameters."""
+        ...
+
+    def export(self, kind: str) -> Iterator[tuple[StateItem, torch.Tensor]]:
+        """Each parameter's shard of one state, whole over dp."""
+        ...
+
+    def restore(self, kind: str, fetch: Callable[[StateItem], torch.Tensor]) -> None:
+        """Overwrite one state."""
+        ...
+
+    def set_steps(self, steps: int) -> None:
+        """Continue Adam's count."""
+        ...
+
+    def publish(self) -> None:
+        """Write the masters into the weights."""
+        ...
 
 
 @dataclass
@@ -136,7 +158,9 @@ def _load(folder: Path, wanted: dict[str, torch.Tensor], context: ParallelContex
         with _quiet():
             dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=context.world_size == 1)
     except CheckpointException as error:
-        raise CheckpointError(f"{folder}: the training state cannot be read ({error}); pass --no-load-optim --no-load-rng, or --finetune") from error
+        raise CheckpointError(
+            f"{folder}: the training state cannot be read ({error}); pass --no-load-optim --no-load-rng, or --finetune"
+        ) from error
 
 
 def read_trainer_state(folder: Path) -> TrainerState:
@@ -150,7 +174,9 @@ def read_trainer_state(folder: Path) -> TrainerState:
         values = json.loads(path.read_text(encoding="utf-8"))
         return TrainerState(**{key: values[key] for key in TrainerState.__dataclass_fields__})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a readable training state ({error}); pass --finetune to start from the weights at iteration 0") from error
+        raise CheckpointError(
+            f"{path}: not a readable training state ({error}); pass --finetune to start from the weights at iteration 0"
+        ) from error
 
 
 def has_training_state(iteration_folder: Path) -> bool:

@@ -15,7 +15,6 @@ file system.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -81,7 +80,9 @@ def save_checkpoint(
         parts = together(context, lambda: _write_model(target, staging / name, context, stages, state), "saving the model")
         saved = optimizer if target.save_optim else None
         together(
-            context, lambda: write_resume(staging / name / RESUME_FOLDER, state, saved, table, context, target.save_rng), "saving the training state"
+            context,
+            lambda: write_resume(staging / name / RESUME_FOLDER, state, saved, table, context, target.save_rng),
+            "saving the training state",
         )
         known = [part for part in parts if part is not None]
         together(context, lambda: _finish(target, staging, state, table, known) if context.rank == 0 else None, "completing the checkpoint")
@@ -98,7 +99,9 @@ def _prepare(staging: Path, name: str) -> None:
     (staging / name / RESUME_FOLDER).mkdir(parents=True)
 
 
-def _write_model(target: SaveTarget, folder: Path, context: ParallelContext, stages: Sequence[SavedStage], state: TrainerState) -> Part | None:
+def _write_model(
+    target: SaveTarget, folder: Path, context: ParallelContext, stages: Sequence[SavedStage], state: TrainerState
+) -> Part | None:
     """One data-parallel replica writes; the others hold the same values."""
     if context.dp_rank != 0:
         return None
@@ -121,12 +124,12 @@ def _finish(target: SaveTarget, staging: Path, state: TrainerState, table: Weigh
     write_manifest(folder, _manifest(target, folder, state, table, parts))
     for companion in companions:
         if not (target.folder / companion).exists():
-            os.replace(staging / companion, target.folder / companion)
+            (staging / companion).replace(target.folder / companion)
     final = target.folder / name
     if final.exists():  # written after the checkpoint that this run continues
-        os.replace(final, staging / f"{name}.old")
+        final.replace(staging / f"{name}.old")
     fsync_path(folder)
-    os.replace(folder, final)
+    folder.replace(final)
     fsync_path(target.folder)
     write_tracker(target.folder, state.iteration)
     shutil.rmtree(staging)

@@ -40,9 +40,10 @@ def find_start(load: LoadFlags, lora: bool) -> StartPoint:
         CheckpointError: a folder is missing, is not what the flag wants, or cannot be continued as asked.
     """
     if load.load is None:
-        raise UsageError("--load is missing; give the base model, a Hugging Face or Megatron checkpoint folder" + (
-            f" (--lora-load {load.lora_load} holds an adapter only)" if load.lora_load else ""
-        ))
+        raise UsageError(
+            "--load is missing; give the base model, a Hugging Face or Megatron checkpoint folder"
+            + (f" (--lora-load {load.lora_load} holds an adapter only)" if load.lora_load else "")
+        )
     notes: list[str] = []
     base_path, adapter_path = load.load, load.lora_load
     if adapter_path is None and (known := adapter_only_base(load.load)) is not None:
@@ -94,7 +95,9 @@ def adapter_only_base(folder: Path) -> Path | None:
         return None
     path = Path((manifest.base or {}).get("path", ""))
     if not path.is_dir():
-        raise CheckpointError(f"--load {folder}: holds an adapter only, and its base {path} is not there; pass --load BASE --lora-load {folder}")
+        raise CheckpointError(
+            f"--load {folder}: holds an adapter only, and its base {path} is not there; pass --load BASE --lora-load {folder}"
+        )
     return path
 
 
@@ -109,7 +112,8 @@ def _training_state(folder: Path, is_adapter: bool, notes: list[str]) -> Path | 
         return iteration_folder / RESUME_FOLDER
     if is_adapter:
         raise CheckpointError(
-            f"{iteration_folder}: holds no training state to continue iteration {iteration} from; pass --finetune to start from its weights at iteration 0"
+            f"{iteration_folder}: holds no training state to continue iteration {iteration} from; "
+            "pass --finetune to start from its weights at iteration 0"
         )
     notes.append(f"{iteration_folder} holds weights without training state: starting at iteration 0")
     return None
@@ -131,6 +135,7 @@ def check_save_folder(save: Path | None, start: StartPoint) -> None:
     if start.root is not None and start.root.resolve() == save.resolve():
         return
     raise UsageError(
-        f"--save {save} already holds a checkpoint (iteration {tracker.read_text(encoding='utf-8').strip()}) that this run does not continue; "
-        f"to continue it pass --load {save} without --finetune, to start anew give another --save or remove the folder"
+        f"--save {save} already holds a checkpoint (iteration {tracker.read_text(encoding='utf-8').strip()}) "
+        f"that this run does not continue; to continue it pass --load {save} without --finetune, "
+        "to start anew give another --save or remove the folder"
     )

@@ -27,13 +27,15 @@ def report_end(plan: TrainingPlan, context: ParallelContext, trained: Sequence[T
         get_logger().warning("the adapter changes nothing: every LoRA B is zero. Was the learning rate zero in every step (--lr, warm-up)?")
     peak = max(gather_from_all(peak_memory_bytes(context.device), context))
     seconds = max(totals.seconds, 1e-9)
+    rate = totals.flops / seconds / context.world_size
     lines = [
-        f"{totals.iterations} iterations in {totals.seconds:.1f} s: {totals.tokens / seconds / context.world_size:,.0f} real (unpadded) tokens per second "
-        f"and device, {totals.flops / seconds / context.world_size / 1e12:.2f} TFLOP/s per device"
+        f"{totals.iterations} iterations in {totals.seconds:.1f} s: "
+        f"{totals.tokens / seconds / context.world_size:,.0f} real (unpadded) tokens "
+        f"per second and device, {rate / 1e12:.2f} TFLOP/s per device"
     ]
     device_peak = peak_flops(_device_name(context.device))
     if device_peak is not None and plan.dtype == torch.bfloat16:
-        lines.append(f"model FLOP utilisation: {100 * totals.flops / seconds / context.world_size / device_peak:.1f} % of {device_peak / 1e12:.0f} TFLOP/s")
+        lines.append(f"model FLOP utilisation: {100 * rate / device_peak:.1f} % of {device_peak / 1e12:.0f} TFLOP/s")
     lines.append(f"peak memory of a {'process' if context.device.type == 'cpu' else 'device'}: {peak / GIB:.2f} GiB")
     if plan.state.skipped_iterations or plan.state.skipped_samples:
         lines.append(f"skipped: {plan.state.skipped_iterations} iterations, {plan.state.skipped_samples} samples without a trained token")

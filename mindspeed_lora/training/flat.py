@@ -40,6 +40,7 @@ class TrainedParameter:
 
     @property
     def decays(self) -> bool:
+        """Whether weight decay applies."""
         return self.parameter.dim() > 1
 
     @property

@@ -41,7 +41,8 @@ class FlatGradients:
         self.buffer = torch.zeros(layout.size, dtype=torch.float32, device=context.device)
         self.own = torch.zeros(layout.own[1] - layout.own[0], dtype=torch.float32, device=context.device) if self.sharded else self.buffer
         self._handles = [
-            item.parameter.register_post_accumulate_grad_hook(_accumulate_into(layout.view(self.buffer, item))) for item in layout.parameters
+            item.parameter.register_post_accumulate_grad_hook(_accumulate_into(layout.view(self.buffer, item)))
+            for item in layout.parameters
         ]
 
     def detach(self) -> None:

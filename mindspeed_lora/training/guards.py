@@ -28,8 +28,8 @@ def check_finite(loss: float, norm: float, iteration: int, sample_ids: Sequence[
     shown = ", ".join(str(sample) for sample in sample_ids[:_SHOWN_SAMPLES])
     more = f" and {len(sample_ids) - _SHOWN_SAMPLES} more" if len(sample_ids) > _SHOWN_SAMPLES else ""
     raise MindSpeedLoraError(
-        f"iteration {iteration}: lm loss {loss}, grad norm {norm}; the weights were left as they were. Records of this batch (numbers in the data): "
-        f"{shown}{more}. Look at them, lower --lr, or check the base model's weights"
+        f"iteration {iteration}: lm loss {loss}, grad norm {norm}; the weights were left as they were. "
+        f"Records of this batch (numbers in the data): {shown}{more}. Look at them, lower --lr, or check the base model's weights"
     )
 
 
@@ -51,7 +51,8 @@ def check_lora_gradients(gradients: FlatGradients, context: ParallelContext) -> 
     if bool(dead.any()):
         stages = ", ".join(str(stage) for stage, value in enumerate(dead.tolist()) if value)
         raise MindSpeedLoraError(
-            f"the gradients of all LoRA B matrices of pipeline stage {stages} are exactly zero after the first step: nothing would be trained. "
+            f"the gradients of all LoRA B matrices of pipeline stage {stages} are exactly zero after the first step: "
+            "nothing would be trained. "
             "Are all labels of the batch ignored, or the base model's weights zero? If neither, this is a defect: please report the layout"
         )
 
@@ -73,8 +74,8 @@ def check_replicas(parameters: Sequence[TrainedParameter], context: ParallelCont
         if not torch.equal(first, last):
             difference = float((first.float() - last.float()).abs().max())
             raise MindSpeedLoraError(
-                f"{item.name} differs between tensor-parallel ranks by up to {difference:.3e}, though every rank holds it whole: its gradient was "
-                "not reduced alike. Nothing was saved; please report the layout (TP, PP, DP, --sequence-parallel)"
+                f"{item.name} differs between tensor-parallel ranks by up to {difference:.3e}, though every rank holds it whole: "
+                "its gradient was not reduced alike. Nothing was saved; please report the layout (TP, PP, DP, --sequence-parallel)"
             )
 
 

@@ -151,8 +151,8 @@ class Trainer:
         parts, device = self.parts, self.context.device
         parts.gradients.zero()
         weights = row_weights(batch, self.config.micro_batch_size, self.context.dp_size, self.config.loss_normalization)
-        inputs = (tensor.to(device, non_blocking=True) for tensor in (batch.input_ids, batch.labels, weights))
-        loss = self._shared(parts.runner.forward_backward(*inputs, self.config.micro_batch_size))
+        ids, labels, weights = batch.input_ids.to(device), batch.labels.to(device), weights.to(device)
+        loss = self._shared(parts.runner.forward_backward(ids, labels, weights, self.config.micro_batch_size))
         if not self._lora_checked and loss > 0:
             check_lora_gradients(parts.gradients, self.context)
             self._lora_checked = True
@@ -219,17 +219,17 @@ class Trainer:
         loss = self.evaluate(self.validation)
         get_logger().info(validation_line(self.state.iteration, loss))
         if self.recorder is not None:
-            self.recorder.add(self.state.iteration, {"iteration": self.state.iteration, "validation_loss": loss}, {"lm loss validation": loss})
+            self.recorder.add(
+                self.state.iteration, {"iteration": self.state.iteration, "validation_loss": loss}, {"lm loss validation": loss}
+            )
 
     def evaluate(self, batches: EvalBatches) -> float:
         """Mean -log p per trained token over the validation samples. Collective."""
         total, tokens = 0.0, 0
         device = self.context.device
         for batch in batches:
-            ones = torch.ones(batch.input_ids.shape[0], dtype=torch.float32)
-            inputs = (tensor.to(device) for tensor in (batch.input_ids, batch.labels, ones))
-            total += self._shared(self.parts.runner.evaluate(*inputs, self.config.micro_batch_size))
+            ones = torch.ones(batch.input_ids.shape[0], dtype=torch.float32, device=device)
+            ids, labels = batch.input_ids.to(device), batch.labels.to(device)
+            total += self._shared(self.parts.runner.evaluate(ids, labels, ones, self.config.micro_batch_size))
             tokens += batch.num_trained_tokens
         return total / max(tokens, 1)
-
-

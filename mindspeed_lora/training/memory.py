@@ -58,5 +58,6 @@ def estimate(inputs: MemoryInputs, config: ModelConfig, context: ParallelContext
 
 
 def describe(parts: dict[str, float]) -> str:
-    """One line, in GiB."""
-    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items()) + " GiB"
+    """One line, in GiB, or MiB where it is little."""
+    unit, word = (GIB, "GiB") if parts["total"] >= GIB / 4 else (float(1 << 20), "MiB")
+    return ", ".join(f"{name} {size / unit:.2f}" for name, size in parts.items()) + f" {word}"

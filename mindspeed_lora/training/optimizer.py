@@ -29,7 +29,9 @@ class FlatAdamW:
         gradients: its ``own`` buffer is read in every :meth:`step`.
     """
 
-    def __init__(self, layout: FlatLayout, flat: torch.Tensor, gradients: FlatGradients, flags: OptimizerFlags, context: ParallelContext) -> None:
+    def __init__(
+        self, layout: FlatLayout, flat: torch.Tensor, gradients: FlatGradients, flags: OptimizerFlags, context: ParallelContext
+    ) -> None:
         self.layout, self.flat, self.context = layout, flat, context
         self.sharded = gradients.sharded
         own = flat[layout.own[0] : layout.own[1]]

@@ -103,8 +103,8 @@ def _global_batch_size(config: TrainConfig, dp_size: int) -> int:
     if config.micro_batch_size <= 0 or size <= 0 or size % rows:
         works = max(size // rows, 1) * rows if rows > 0 else dp_size
         raise UsageError(
-            f"--global-batch-size {size} must be a multiple of --micro-batch-size {config.micro_batch_size} x data parallel size {dp_size} = {rows}; "
-            f"{works} would work"
+            f"--global-batch-size {size} must be a multiple of --micro-batch-size {config.micro_batch_size} "
+            f"x data parallel size {dp_size} = {rows}; {works} would work"
         )
     return size
 
@@ -179,8 +179,8 @@ def _continued_state(config: TrainConfig, start: StartPoint, origin: dict[str, A
     for key, flag in flags.items():
         if key in state.origin and state.origin[key] != origin[key]:
             raise CheckpointError(
-                f"{start.resume}: the run was made with {key} {state.origin[key]}, this one has {origin[key]} ({flag}); its data position means other "
-                "samples now. Use the same value, or pass --finetune to start from the weights at iteration 0"
+                f"{start.resume}: the run was made with {key} {state.origin[key]}, this one has {origin[key]} ({flag}); "
+                "its data position means other samples now. Use the same value, or pass --finetune to start from the weights at iteration 0"
             )
     if state.origin.get("schedule") != origin["schedule"]:
         notes.append("the learning-rate schedule differs from the checkpoint's; this run's flags are used")

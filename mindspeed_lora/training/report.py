@@ -116,7 +116,7 @@ class Recorder:
     def add(self, iteration: int, record: dict[str, Any], scalars: dict[str, float]) -> None:
         """Append a line and the scalars."""
         if self._metrics is not None:
-            with open(self._metrics, "a", encoding="utf-8") as file:
+            with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self._writer is not None:
             for name, value in scalars.items():
@@ -133,7 +133,9 @@ def _summary_writer(folder: Path, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UsageError(f"--tensorboard-dir {folder}: the package tensorboard is not installed; pip install tensorboard, or leave the flag out") from error
+        raise UsageError(
+            f"--tensorboard-dir {folder}: the package tensorboard is not installed; pip install tensorboard, or leave the flag out"
+        ) from error
     return SummaryWriter(str(folder), purge_step=start + 1)
 
 

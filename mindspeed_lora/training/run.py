@@ -62,7 +62,8 @@ def train(config: TrainConfig) -> int:
 def _run(plan: TrainingPlan, context: ParallelContext) -> None:
     if plan.state.iteration >= plan.config.train_iters:
         get_logger().info(
-            f"{plan.start.root} is at iteration {plan.state.iteration} of --train-iters {plan.config.train_iters}: nothing to do; raise --train-iters to go on"
+            f"{plan.start.root} is at iteration {plan.state.iteration} of --train-iters {plan.config.train_iters}: "
+            "nothing to do; raise --train-iters to go on"
         )
         return
     torch.manual_seed(plan.config.runtime.seed)

@@ -51,18 +51,20 @@ def build_schedule(flags: OptimizerFlags, train_iters: int, global_batch_size: i
         raise UsageError(f"--lr-decay-style {flags.lr_decay_style} is unknown; use one of {', '.join(STYLES)}")
     if flags.lr_warmup_fraction is not None and flags.lr_warmup_iters:
         raise UsageError(
-            f"--lr-warmup-fraction {flags.lr_warmup_fraction} and --lr-warmup-iters {flags.lr_warmup_iters} both say the length of the warm-up; pass one"
+            f"--lr-warmup-fraction {flags.lr_warmup_fraction} and --lr-warmup-iters {flags.lr_warmup_iters} "
+            "both say the length of the warm-up; pass one"
         )
     if decay_iters <= 0:
         raise UsageError(f"--lr-decay-iters {decay_iters} (default: --train-iters) must be at least 1")
     if not 0.0 <= flags.min_lr <= flags.lr:
         raise UsageError(f"--min-lr {flags.min_lr} must lie between 0 and --lr {flags.lr}")
-    if flags.lr_warmup_fraction is not None:
-        warmup_iters = flags.lr_warmup_fraction * decay_iters
-    else:
-        warmup_iters = float(flags.lr_warmup_iters)
+    fraction = flags.lr_warmup_fraction
+    warmup_iters = float(flags.lr_warmup_iters) if fraction is None else fraction * decay_iters
     if not 0.0 <= warmup_iters < decay_iters:
-        raise UsageError(f"the warm-up takes {warmup_iters:g} iterations, but must be shorter than --lr-decay-iters {decay_iters} (default: --train-iters)")
+        raise UsageError(
+            f"the warm-up takes {warmup_iters:g} iterations, but must be shorter than "
+            f"--lr-decay-iters {decay_iters} (default: --train-iters)"
+        )
     return LearningRateSchedule(
         lr=flags.lr,
         min_lr=flags.min_lr,

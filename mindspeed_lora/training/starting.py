@@ -35,8 +35,8 @@ def describe_layout(plan: TrainingPlan, context: ParallelContext) -> str:
     sequence = " with sequence parallelism" if context.sequence_parallel else ""
     virtual = f" ({chunks} virtual stages each)" if chunks > 1 else ""
     text = (
-        f"{context.world_size} processes: TP {context.tp_size}{sequence} x PP {context.pp_size}{virtual} x DP {context.dp_size}; "
-        f"global batch {plan.global_batch_size} = {plan.config.micro_batch_size} rows x {micro_batches} micro-batches x DP {context.dp_size}"
+        f"processes: {context.world_size} = TP {context.tp_size}{sequence} x PP {context.pp_size}{virtual} x DP "
+        f"{context.dp_size}; global batch {plan.global_batch_size} = {plan.config.micro_batch_size} rows x {micro_batches} micro-batches x DP {context.dp_size}"
     )
     if context.pp_size > 1:
         text += f"; pipeline bubble {100 * bubble_fraction(micro_batches, context.pp_size, chunks):.0f} %"
@@ -73,14 +73,17 @@ def report_start(
     every = gather_from_all((loaded, parts), context)
     largest = max((estimate for _, estimate in every), key=lambda estimate: estimate["total"])
     base, adapter = (sum(getattr(report, name) for report, _ in every) for name in ("base", "adapter"))
+    model = plan.model
+    fresh = "none loaded, initialised by seed" if lora else "none"
+    adapter_source = str(plan.start.adapter.path) if plan.start.adapter else fresh
     print_block("configuration", describe_config(plan.config))
     lines = [
         describe_layout(plan, context),
-        f"model: {plan.model.family}, {plan.model.num_layers} layers, hidden {plan.model.hidden_size}, vocabulary {plan.model.padded_vocab_size}, "
-        f"{'tied' if plan.model.tied_embeddings else 'untied'} head, {str(plan.dtype).removeprefix('torch.')}",
+        f"model: {model.family}, {model.num_layers} layers, hidden {model.hidden_size}, vocabulary {model.padded_vocab_size}, "
+        f"{'tied' if model.tied_embeddings else 'untied'} head, {str(plan.dtype).removeprefix('torch.')}",
         f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.3f} %)"
         + (f"; LoRA r {lora.r}, alpha {lora.alpha:g} on {' '.join(lora.targets)}" if lora else "; full-parameter training"),
-        f"base: {plan.start.base.path}; adapter: {plan.start.adapter.path if plan.start.adapter else 'none loaded' + (', initialised by seed' if lora else '')}",
+        f"base: {plan.start.base.path}; adapter: {adapter_source}",
         f"tensors loaded over all ranks: base {base}, adapter {adapter}, missing 0, unexpected 0",
         f"data: {plan.dataset.prefix}, {len(plan.splits[0])} training and {len(plan.splits[1])} validation samples",
         f"memory estimate, largest device: {memory.describe(largest)}",
