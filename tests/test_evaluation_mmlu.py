@@ -14,8 +14,17 @@ import torch
 from helpers import shared_data, tiny_qwen3
 from pool import ProcessPool
 
-from mindspeed_lora.arguments.configs import EvaluationConfig, LoadFlags, ParallelFlags, RuntimeFlags, TemplateFlags, TokenizerFlags
-from mindspeed_lora.errors import MindSpeedLoraError
+from mindspeed_lora.arguments.configs import (
+    LORA_TARGETS,
+    EvaluationConfig,
+    LoadFlags,
+    LoraFlags,
+    ParallelFlags,
+    RuntimeFlags,
+    TemplateFlags,
+    TokenizerFlags,
+)
+from mindspeed_lora.errors import MindSpeedLoraError, UsageError
 from mindspeed_lora.evaluation.run import evaluate, run_tasks
 from mindspeed_lora.evaluation.tasks_mmlu import mmlu_tasks
 
@@ -134,7 +143,9 @@ def test_every_item_equals_lm_evals_transformers_backend(
     pp: int,
 ) -> None:
     base, adapter, _ = model
-    config = config_for(base, data / "test" if world == 1 else data, tmp_path, tp, pp, load=LoadFlags(load=base, lora_load=adapter))
+    lora = LoraFlags(4, 8.0, LORA_TARGETS, fusion=True) if tp == 2 else None
+    load = LoadFlags(load=base, lora_load=adapter)
+    config = config_for(base, data / "test" if world == 1 else data, tmp_path, tp, pp, load=load, lora=lora)
     results = pool.run(run_evaluate, world, config)
     assert [code for code, _ in results] == [0] * world and all(text == "" for _, text in results[1:])
     found = item_scores(tmp_path)
@@ -162,6 +173,23 @@ def test_a_template_wraps_the_question(pool: ProcessPool, tmp_path: Path, data: 
     assert code == 0
     content = json.loads((tmp_path / "wrapped" / "results.json").read_text())
     assert content["mindspeed_lora"]["prompt_format"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("lora", "with_adapter", "words"),
+    [
+        (LoraFlags(r=8), True, "--lora-r 8"),
+        (LoraFlags(alpha=4.0), True, "--lora-alpha 4"),
+        (LoraFlags(targets=("linear_qkv",)), True, "--lora-target-modules linear_qkv"),
+        (LoraFlags(r=8), False, "--lora-load is missing"),
+    ],
+)
+def test_lora_flags_unlike_the_adapter_are_refused(
+    data: Path, model: tuple[Path, Path, Any], lora: LoraFlags, with_adapter: bool, words: str
+) -> None:
+    base, adapter, _ = model
+    with pytest.raises(UsageError, match=words):
+        evaluate(config_for(base, data, load=LoadFlags(load=base, lora_load=adapter if with_adapter else None), lora=lora))
 
 
 def test_missing_files_end_every_rank_with_one_message(pool: ProcessPool, tmp_path: Path, model: tuple[Path, Path, Any]) -> None:

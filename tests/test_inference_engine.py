@@ -75,6 +75,8 @@ def logits_cell(folder: Path, tp: int, pp: int) -> dict[str, torch.Tensor] | Non
         found["reordered"] = engine.forward(torch.tensor([[4], [5], [6]]), use_cache=True)
         engine.crop(ids.shape[1])
         found["cropped"] = engine.forward(torch.tensor([[7, 8], [9, 10], [11, 12]]), use_cache=True, keep_last=2)
+        engine.reorder(torch.tensor([0]))
+        found["shrunk"] = engine.forward(torch.tensor([[13]]), use_cache=True)
         engine.reset()
         found["plain"] = engine.forward(ids, mask.bool(), keep_last=2)
         right = torch.tensor([[5, 9, 200, 31], [3, 8, 0, 0]])
@@ -115,6 +117,7 @@ def reference(tiny: Path) -> dict[str, torch.Tensor]:
         "step": last([[*first, 1], [*second, 2], [*third, 3]]),
         "reordered": last([[*third, 3, 4], [*third, 3, 5], [*first, 1, 6]]),
         "cropped": last([[*third, 7, 8], [*third, 9, 10], [*first, 11, 12]], 2),
+        "shrunk": last([[*third, 7, 8, 13]]),
         "prefill": last(PROMPTS),
     }
     for name, arguments in (
@@ -136,7 +139,7 @@ def test_logits_scores_and_tokens_equal_transformers(
     pool: ProcessPool, tiny: Path, reference: dict[str, torch.Tensor], tp: int, pp: int
 ) -> None:
     found = pool.run(logits_cell, tp * pp, tiny, tp, pp)[0]
-    for name in ("step", "reordered", "cropped"):
+    for name in ("step", "reordered", "cropped", "shrunk"):
         torch.testing.assert_close(found[name], reference[name], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found["prefill"][:, -1:], reference["prefill"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found["plain"][:, -1:], reference["prefill"], atol=1e-5, rtol=1e-5)
