@@ -34,10 +34,9 @@ def describe_layout(plan: TrainingPlan, context: ParallelContext) -> str:
     micro_batches = plan.num_micro_batches
     sequence = " with sequence parallelism" if context.sequence_parallel else ""
     virtual = f" ({chunks} virtual stages each)" if chunks > 1 else ""
-    text = (
-        f"processes: {context.world_size} = TP {context.tp_size}{sequence} x PP {context.pp_size}{virtual} x DP "
-        f"{context.dp_size}; global batch {plan.global_batch_size} = {plan.config.micro_batch_size} rows x {micro_batches} micro-batches x DP {context.dp_size}"
-    )
+    grid = f"TP {context.tp_size}{sequence} x PP {context.pp_size}{virtual} x DP {context.dp_size}"
+    batch = f"{plan.config.micro_batch_size} rows x {micro_batches} micro-batches x DP {context.dp_size}"
+    text = f"processes: {context.world_size} = {grid}; global batch {plan.global_batch_size} = {batch}"
     if context.pp_size > 1:
         text += f"; pipeline bubble {100 * bubble_fraction(micro_batches, context.pp_size, chunks):.0f} %"
         if micro_batches < context.pp_size:
