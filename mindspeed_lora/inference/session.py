@@ -142,7 +142,9 @@ def _load(config: InferenceConfig | EvaluationConfig, context: ParallelContext, 
         stage=stage,
         tokenizer=tokenizer,
         prompt_format=prompt_format,
-        stop_ids=tuple(sorted(prompt_format.stop_token_ids(tokenizer) | _generation_config_stops(base.config_dir))),
+        stop_ids=tuple(
+            sorted(prompt_format.stop_token_ids(tokenizer) | _generation_config_stops(base.config_dir or config.tokenizer.name_or_path))
+        ),
         max_length=max_length,
         max_length_source=source,
         scored=_describe(config, context, dtype, spec, base, adapter),
