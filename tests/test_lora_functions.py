@@ -58,6 +58,19 @@ def _pair(context: ParallelContext, fusion: bool) -> tuple[torch.nn.Module, torc
     return layers[0], layers[1]
 
 
+def _frozen_calls(tp_size: int) -> list[tuple[str, int]]:
+    """The same pair with its adapters off: what the frozen base alone communicates."""
+    context = build_context(torch.device("cpu"), tp_size, 1, True)
+    t = _tensors()
+    column, row = _pair(context, True)
+    for layer in (column, row):
+        layer.enable_adapters(False)
+    x = t["x"].chunk(tp_size, 0)[context.tp_rank].clone().requires_grad_()
+    with counted() as calls:
+        row(torch.tanh(column(x))).backward(t["dy"].chunk(tp_size, 0)[context.tp_rank])
+    return calls
+
+
 def _run_pair(tp_size: int, sequence_parallel: bool, fusion: bool) -> dict[str, Any]:
     context = build_context(torch.device("cpu"), tp_size, 1, sequence_parallel)
     t = _tensors()
@@ -136,3 +149,6 @@ def test_fused_pair_makes_the_frozen_pairs_collectives(pool: Any) -> None:
         ("all_gather_dim0", local * HIDDEN * width),
         ("reduce_scatter_dim0", tokens * (HIDDEN + RANK) * width),
     ]
+    frozen = pool.run(_frozen_calls, 2, 2)[0]
+    assert [kind for kind, _ in frozen] == [kind for kind, _ in calls]
+    assert sum(size for _, size in calls) - sum(size for _, size in frozen) == 2 * tokens * RANK * width
