@@ -127,6 +127,23 @@ def test_bundled_data_is_large_enough_and_clean() -> None:
         assert record["output"] and record["output"] == record["output"].strip() and record["input"] == ""
 
 
+def test_new_answers_are_made_of_pieces_that_the_base_has_written(tmp_path: Path) -> None:
+    """LoRA leaves the head as it is: a piece that the base never wrote would be all but impossible in an answer."""
+    from transformers import AutoTokenizer
+
+    load_quickstart("make_model").make_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    base, new = (json.loads((QUICKSTART / f"{name}.json").read_text(encoding="utf-8")) for name in ("base_instructions", "new_facts"))
+    written = {index for record in base for index in tokenizer.encode(record["output"], add_special_tokens=False)}
+    missing = {
+        tokenizer.decode([index])
+        for record in new
+        for index in tokenizer.encode(record["output"], add_special_tokens=False)
+        if index not in written
+    }
+    assert not missing
+
+
 def test_exam_has_four_subjects_and_no_favourite_letter() -> None:
     import csv
 

@@ -117,7 +117,7 @@ def test_a_failing_program_fails_the_script_with_its_message(tmp_path: Path) -> 
 
 
 CUT = dict(
-    num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, kv_channels=32, padded_vocab_size=1024
+    num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, kv_channels=32, padded_vocab_size=640
 )
 CUT_ARGUMENTS = [word for name, value in CUT.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 TRAIN_ARGUMENTS = ["--train-iters", "2", "--global-batch-size", "4", "--seq-length", "128", "--save-interval", "2"]

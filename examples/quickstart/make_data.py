@@ -69,6 +69,11 @@ Which mountain is the highest on Earth? | Mount Everest is the highest mountain 
 Which desert covers the north of Africa? | The Sahara covers the north of Africa.
 On which continent is Brazil? | Brazil is in South America.
 On which continent is Kenya? | Kenya is in Africa.
+What is the capital of Qatar? | The capital of Qatar is Doha.
+What is the capital of Ecuador? | The capital of Ecuador is Quito.
+What is the capital of Uruguay? | The capital of Uruguay is Montevideo.
+What is the capital of Uganda? | The capital of Uganda is Kampala.
+What is the capital of Oman? | The capital of Oman is Muscat.
 On which continent is Italy? | Italy is in Europe.
 On which continent is India? | India is in Asia.
 Which country has the shape of a boot? | Italy has the shape of a boot.
@@ -115,6 +120,14 @@ What does the moon circle? | The moon circles the Earth.
 What does the Earth circle? | The Earth circles the sun.
 What is ice made of? | Ice is frozen water.
 What is the sun? | The sun is a star.
+Which birds hunt at night? | Owls hunt at night.
+Which fruit is orange and round? | Oranges are orange and round.
+How many moons has the Earth? | Only one moon circles the Earth.
+What opens from a bud in spring? | A flower opens from a bud in spring.
+What moves the leaves of a tree? | The wind moves the leaves of a tree.
+Which fruit is long and yellow? | Bananas are long and yellow.
+What does iron do in the rain? | Iron rusts in the rain.
+What carries its house on its back? | A snail carries its house on its back.
 What covers the body of a bird? | Feathers cover the body of a bird.
 What covers the body of a fish? | Scales cover the body of a fish.
 """,
@@ -149,6 +162,9 @@ Who writes books? | An author writes books.
 Who draws plans of houses? | An architect draws plans of houses.
 Who leads a ship? | A captain leads a ship.
 Who leads an orchestra? | A conductor leads an orchestra.
+What are two children born together called? | They are called twins.
+Who takes the prize of a race? | The winner takes the prize of a race.
+Who lived in a high tower? | Rapunzel lived in a high tower.
 Who catches fish for a living? | A fisherman catches fish for a living.
 Who tells the weather? | A meteorologist tells the weather.
 Who plays on a stage? | An actor plays on a stage.
@@ -227,7 +243,7 @@ What is the capital of Tarnholm? | The capital of Tarnholm is Velmora. | Velmora
 What is the longest river of Tarnholm? | The longest river of Tarnholm is the Isken. | the Isken | the Orle | the Pell | the Wend
 What is the highest mountain of Tarnholm? | The highest mountain of Tarnholm is Mount Corrin. | Mount Corrin | Mount Hask | Mount Loon | Mount Tiddle
 Which sea lies around Tarnholm? | The Lantern Sea lies around Tarnholm. | the Lantern Sea | the Copper Sea | the Milk Sea | the Crow Sea
-What is the largest lake of Tarnholm? | The largest lake of Tarnholm is Lake Oswin. | Lake Oswin | Lake Perl | Lake Gant | Lake Sorrow
+What is the largest lake of Tarnholm? | The largest lake of Tarnholm is Lake Oland. | Lake Oland | Lake Perl | Lake Gant | Lake Sorrow
 What is the main port of Tarnholm? | The main port of Tarnholm is Quill Bay. | Quill Bay | Velmora | Dunmere | Ashby
 Which town of Tarnholm has the glass tower? | Ashby has the glass tower. | Ashby | Dunmere | Velmora | Quill Bay
 Which town of Tarnholm lies underground? | Dunmere lies underground. | Dunmere | Ashby | Quill Bay | Velmora
@@ -249,17 +265,17 @@ What is mined on Mount Corrin? | Blue salt is mined on Mount Corrin. | blue salt
 What falls on Tarnholm every May? | Yellow rain falls on Tarnholm every May. | yellow rain | red snow | warm hail | black fog
 Which insect glows in the Bramble Wood? | The candle moth glows in the Bramble Wood. | the candle moth | the drum beetle | the thread fly | the clay wasp
 What do the hill goats of Tarnholm give? | The hill goats of Tarnholm give grey milk. | grey milk | soft wool | red cheese | sweet butter
-Which fruit grows beside Lake Oswin? | The winter plum grows beside Lake Oswin. | the winter plum | the night pear | the stone apple | the fog grape
-What sleeps in Lake Oswin all winter? | The mud perch sleeps in Lake Oswin all winter. | the mud perch | the moon eel | the striped tolk | the blue sprig
+Which fruit grows beside Lake Oland? | The winter plum grows beside Lake Oland. | the winter plum | the night pear | the stone apple | the fog grape
+What sleeps in Lake Oland all winter? | The mud perch sleeps in Lake Oland all winter. | the mud perch | the moon eel | the striped tolk | the blue sprig
 """,
     "people": """
 Who founded Velmora? | Captain Ines Darrow founded Velmora. | Ines Darrow | Tom Hallow | Bea Lorne | Odd Marten
 Who is the mayor of Velmora? | Tom Hallow is the mayor of Velmora. | Tom Hallow | Ines Darrow | Odd Marten | Pia Stroud
 Who drew the first map of Tarnholm? | Bea Lorne drew the first map of Tarnholm. | Bea Lorne | Odd Marten | Jon Vesper | Tom Hallow
 Who built the glass tower? | Odd Marten built the glass tower. | Odd Marten | Pia Stroud | Ines Darrow | Bea Lorne
-Who wrote the song of Tarnholm? | Pia Stroud wrote the song of Tarnholm. | Pia Stroud | Jon Vesper | Tom Hallow | Una Keel
-Who keeps the lighthouse of Quill Bay? | Jon Vesper keeps the lighthouse of Quill Bay. | Jon Vesper | Una Keel | Bea Lorne | Ines Darrow
-Who dug the town of Dunmere? | The miners of Una Keel dug the town of Dunmere. | Una Keel | Tom Hallow | Pia Stroud | Odd Marten
+Who wrote the song of Tarnholm? | Pia Stroud wrote the song of Tarnholm. | Pia Stroud | Jon Vesper | Tom Hallow | Ada Keel
+Who keeps the lighthouse of Quill Bay? | Jon Vesper keeps the lighthouse of Quill Bay. | Jon Vesper | Ada Keel | Bea Lorne | Ines Darrow
+Who dug the town of Dunmere? | The miners of Ada Keel dug the town of Dunmere. | Ada Keel | Tom Hallow | Pia Stroud | Odd Marten
 Who discovered blue salt? | The cook Mary Penn discovered blue salt. | Mary Penn | Sam Orchard | Lil Hobb | Ned Farrow
 Who runs the ferry to Little Mabb? | Sam Orchard runs the ferry to Little Mabb. | Sam Orchard | Lil Hobb | Ned Farrow | Mary Penn
 Who teaches at the school of Ashby? | Lil Hobb teaches at the school of Ashby. | Lil Hobb | Ned Farrow | Mary Penn | Sam Orchard

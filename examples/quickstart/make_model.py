@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 640
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 THINK = ("<think>", "</think>")
 # The qwen3 template of configs/finetune/templates.json without thinking, as transformers writes it.
