@@ -180,7 +180,7 @@ def first_loss(config: TrainConfig) -> float:
     return run_cell(config, 1).losses[0]
 
 
-def test_loss_normalizations(workspace: Path) -> None:
+def test_loss_normalizations(pool: ProcessPool, workspace: Path) -> None:
     """Token: sum / tokens. Micro-batch: the mean of micro-batches' means."""
     from mindspeed_lora.data.batches import StepBatches
     from mindspeed_lora.data.sft_dataset import open_sft_dataset
@@ -200,7 +200,9 @@ def test_loss_normalizations(workspace: Path) -> None:
     assert batch.num_trained_tokens == sum(counts)
     assert first_loss(config) == pytest.approx(sum(sums) / sum(counts), rel=1e-5)
     means = [(sums[row] + sums[row + 1]) / (counts[row] + counts[row + 1]) for row in range(0, 8, 2)]
-    assert first_loss(change(config, loss_normalization="micro-batch")) == pytest.approx(sum(means) / 4, rel=1e-5)
+    peers = change(config, loss_normalization="micro-batch")
+    assert first_loss(peers) == pytest.approx(sum(means) / 4, rel=1e-5)
+    assert pool.run(first_loss, 2, peers) == pytest.approx([sum(means) / 4] * 2, rel=1e-5)
     assert first_loss(one_row) == pytest.approx(sums[0] / counts[0], rel=1e-5)
 
 
