@@ -212,7 +212,7 @@ class EvaluationConfig:
     evaluation_batch_size: int = 1
     max_new_tokens: int | None = None
     use_chat_template: bool = False  # mmlu scores log-likelihoods of letters: no template unless --prompt-type asks
-    output_path: Path | None = None  # folder of results; None: no file, the log only
+    output_path: Path | None = None  # folder of results; None: evaluation_results/<checkpoint>-<time>
 
 
 @dataclass(frozen=True)

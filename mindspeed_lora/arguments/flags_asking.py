@@ -96,7 +96,7 @@ EVALUATION = [
         "folder for results.json and the answers item by item",
         PATH,
         "output_path",
-        default_text="no file, the log only",
+        default_text="evaluation_results/<checkpoint>-<date and time>",
     ),
     active(
         "--hf-chat-template",

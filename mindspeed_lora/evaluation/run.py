@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -126,8 +127,6 @@ def _only_our_progress(stderr: TextIO) -> Iterator[None]:
 def _report(config: EvaluationConfig, session: Session, benchmark: str, results: dict[str, Any]) -> None:
     scores = subject_scores(results)
     print(f"\n{table(scores)}\n\n{score_line(benchmark, scores)}", flush=True)
-    if config.output_path is None:
-        return
     scored = {
         **session.scored,
         "prompt_format": session.prompt_format.name,
@@ -136,6 +135,14 @@ def _report(config: EvaluationConfig, session: Session, benchmark: str, results:
         "max_eval_samples": config.max_eval_samples,
         "evaluation_batch_size": config.evaluation_batch_size,
     }
-    folder = config.output_path if len(config.tasks) == 1 else config.output_path / benchmark
+    output = config.output_path or default_output(config)
+    folder = output if len(config.tasks) == 1 else output / benchmark
     paths = write_results(folder, benchmark, results, scored)
     get_logger().info(f"wrote {paths[-1]} and {len(paths) - 1} files of items beside it")
+
+
+def default_output(config: EvaluationConfig) -> Path:
+    """A folder of its own for each run, named after the adapter, or the base where there is none."""
+    checkpoint = config.load.lora_load or config.load.load
+    assert checkpoint is not None
+    return Path("evaluation_results") / f"{checkpoint.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
