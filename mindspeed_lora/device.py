@@ -71,7 +71,7 @@ def select_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     module = torch.get_device_module(kind)
     if local_rank >= module.device_count():
-        raise UsageError(f"local rank {local_rank} has no {kind} device: this machine shows {module.device_count()}; lower --nproc_per_node")
+        raise UsageError(f"local rank {local_rank} has no {kind} device: it shows {module.device_count()}; lower --nproc_per_node")
     module.set_device(local_rank)
     return torch.device(kind, local_rank)
 

@@ -37,7 +37,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         fsync_path(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
         fsync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -53,7 +53,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         fsync_path(temporary)
-        os.rename(temporary, path)
+        temporary.rename(path)
         fsync_path(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -73,7 +73,7 @@ def write_json(path: Path, value: Any) -> None:
 def crc32_of(path: Path) -> str:
     """CRC32 of a file's bytes as eight hex digits."""
     value = 0
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             value = zlib.crc32(chunk, value)
     return f"{value:08x}"

@@ -6,7 +6,6 @@ The real ``torch_npu`` checks every operator's schema, shapes and dtypes on fake
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import tempfile
 
@@ -22,7 +21,7 @@ def check_device() -> None:
     assert str(device) == "npu:0", device
     assert collective_backend(device) == "cpu:gloo,npu:hccl"
     with tempfile.TemporaryDirectory() as folder:
-        store = dist.FileStore(os.path.join(folder, "store"), 1)
+        store = dist.FileStore(f"{folder}/store", 1)
         dist.init_process_group(collective_backend(device), store=store, rank=0, world_size=1)
         total = torch.ones(1)
         dist.all_reduce(total)
@@ -37,6 +36,7 @@ def check_layer(tp_size: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from mindspeed_lora.lora.layers import ParallelLoraLinear
+    from mindspeed_lora.model.decode import PackedDocuments
     from mindspeed_lora.model.layers import TransformerLayer
     from mindspeed_lora.parallel.context import ParallelContext
     from mindspeed_lora.weights.config import ModelConfig
@@ -51,7 +51,12 @@ def check_layer(tp_size: int) -> None:
         layer = TransformerLayer(config, 0, dataclasses.replace(context), torch.bfloat16)
         for parameter in layer.parameters():
             parameter.requires_grad_(False)
-        for parent, name in ((layer.self_attention, "linear_qkv"), (layer.self_attention, "linear_proj"), (layer.mlp, "linear_fc1"), (layer.mlp, "linear_fc2")):
+        for parent, name in (
+            (layer.self_attention, "linear_qkv"),
+            (layer.self_attention, "linear_proj"),
+            (layer.mlp, "linear_fc1"),
+            (layer.mlp, "linear_fc2"),
+        ):
             lora = ParallelLoraLinear(getattr(parent, name), "default", r=8, lora_alpha=16)
             lora.fusion = True
             setattr(parent, name, lora)
@@ -65,6 +70,8 @@ def check_layer(tp_size: int) -> None:
         grads = [parameter.grad for parameter in layer.parameters() if parameter.requires_grad]
         assert len(grads) == 8 and all(grad is not None and grad.device.type == "npu" for grad in grads)
         assert hidden.grad is not None
+        packed = layer(hidden, tables, PackedDocuments([[20, 64], [64]]))
+        assert packed.shape == hidden.shape
     dist.destroy_process_group()
     print(f"layer: forward and backward on fake npu tensors at TP{tp_size} with SP, 8 LoRA gradients")
 

@@ -56,8 +56,25 @@ def preprocess(world: World, *changes: str) -> list[str]:
 
 
 def train(world: World, *changes: str) -> list[str]:
-    return ["--device", "cpu", "--load", world.hf, "--data-path", world.data, "--train-iters", "1", "--seq-length", "64", "--eval-iters", "0", "--split", "100,0,0",
-            "--global-batch-size", "2", *changes]  # fmt: skip
+    return [
+        "--device",
+        "cpu",
+        "--load",
+        world.hf,
+        "--data-path",
+        world.data,
+        "--train-iters",
+        "1",
+        "--seq-length",
+        "64",
+        "--eval-iters",
+        "0",
+        "--split",
+        "100,0,0",
+        "--global-batch-size",
+        "2",
+        *changes,
+    ]
 
 
 def convert(world: World, *changes: str) -> list[str]:
@@ -80,40 +97,130 @@ CASES: dict[str, Bad] = {
     "missing base": ("inference.py", lambda w: ask(w, "--load", w.nowhere), 2, ["--load", "nowhere"], 1),
     "unknown flag": ("posttrain_gpt.py", lambda w: train(w, "--lora-rr", "4"), 2, ["--lora-rr", "--lora-r"], 1),
     "abbreviated flag": ("posttrain_gpt.py", lambda w: train(w, "--micro-batch", "4"), 2, ["--micro-batch", "--micro-batch-size"], 1),
-    "TP and query groups": ("posttrain_gpt.py", lambda w: train(w, *TARGETS, "--tensor-model-parallel-size", "8"), 2, ["8", "num_query_groups 4"], 8),
-    "TP and query groups, convert": ("convert_ckpt.py", lambda w: convert(w, "--target-tensor-parallel-size", "3"), 2, ["3", "num_query_groups 4"], 1),
+    "TP and query groups": (
+        "posttrain_gpt.py",
+        lambda w: train(w, *TARGETS, "--tensor-model-parallel-size", "8"),
+        2,
+        ["8", "num_query_groups 4"],
+        8,
+    ),
+    "TP and query groups, convert": (
+        "convert_ckpt.py",
+        lambda w: convert(w, "--target-tensor-parallel-size", "3"),
+        2,
+        ["3", "num_query_groups 4"],
+        1,
+    ),
     "layers and PP": ("posttrain_gpt.py", lambda w: train(w, *TARGETS, "--pipeline-model-parallel-size", "3"), 2, ["3", "4"], 3),
     "layers and PP, convert": ("convert_ckpt.py", lambda w: convert(w, "--target-pipeline-parallel-size", "3"), 2, ["3", "4"], 1),
-    "grid and processes": ("posttrain_gpt.py", lambda w: train(w, *TARGETS, "--tensor-model-parallel-size", "2"), 2, ["--tensor-model-parallel-size 2", "1 process"], 1),
-    "target that is none": ("posttrain_gpt.py", lambda w: train(w, "--lora-target-modules", "q_proj"), 2, ["--lora-target-modules", "q_proj", "linear_qkv"], 1),
+    "grid and processes": (
+        "posttrain_gpt.py",
+        lambda w: train(w, *TARGETS, "--tensor-model-parallel-size", "2"),
+        2,
+        ["--tensor-model-parallel-size 2", "1 process"],
+        1,
+    ),
+    "target that is none": (
+        "posttrain_gpt.py",
+        lambda w: train(w, "--lora-target-modules", "q_proj"),
+        2,
+        ["--lora-target-modules", "q_proj", "linear_qkv"],
+        1,
+    ),
     "LoRA without targets": ("posttrain_gpt.py", lambda w: train(w, "--lora-r", "4"), 2, ["--lora-target-modules"], 1),
     "adapter's r": ("inference.py", lambda w: ask(w, "--lora-load", w.adapter, "--lora-r", "8", *TARGETS), 2, ["--lora-r 8", "4"], 1),
-    "adapter's alpha": ("inference.py", lambda w: ask(w, "--lora-load", w.adapter, "--lora-alpha", "16", *TARGETS), 2, ["--lora-alpha 16", "8"], 1),
-    "adapter's targets": ("inference.py", lambda w: ask(w, "--lora-load", w.adapter, *TARGETS[:2]), 2, ["--lora-target-modules", "linear_fc1"], 1),
+    "adapter's alpha": (
+        "inference.py",
+        lambda w: ask(w, "--lora-load", w.adapter, "--lora-alpha", "16", *TARGETS),
+        2,
+        ["--lora-alpha 16", "8"],
+        1,
+    ),
+    "adapter's targets": (
+        "inference.py",
+        lambda w: ask(w, "--lora-load", w.adapter, *TARGETS[:2]),
+        2,
+        ["--lora-target-modules", "linear_fc1"],
+        1,
+    ),
     "adapter's r, merge": ("convert_ckpt.py", lambda w: merge(w, "--lora-r", "8"), 2, ["--lora-r 8", "4"], 1),
-    "adapter of another base": ("inference.py", lambda w: ask(w, "--load", w.other, "--tokenizer-name-or-path", w.hf, "--lora-load", w.adapter), 1, ["fingerprint", "other"], 1),
+    "adapter of another base": (
+        "inference.py",
+        lambda w: ask(w, "--load", w.other, "--tokenizer-name-or-path", w.hf, "--lora-load", w.adapter),
+        1,
+        ["fingerprint", "other"],
+        1,
+    ),
     "data of another tokenizer": ("posttrain_gpt.py", lambda w: train(w, "--data-path", w.foreign), 2, ["tokenizer", "other"], 1),
     "torn index": ("posttrain_gpt.py", lambda w: train(w, "--data-path", w.torn), 1, ["torn_packed", ".idx"], 1),
-    "empty dataset": ("preprocess_data.py", lambda w: preprocess(w, "--input", f"{w.root}/empty.json", "--output-prefix", w.new), 1, ["empty.json"], 1),
-    "map keys": ("preprocess_data.py", lambda w: preprocess(w, "--map-keys", "{'prompt': 'instruction'}", "--output-prefix", w.new), 2, ["--map-keys", "JSON"], 1),
-    "thinking without a template for it": ("preprocess_data.py", lambda w: preprocess(w, "--prompt-type", "default", "--enable-thinking", "true", "--output-prefix", w.new), 2, ["--enable-thinking true", "default"], 1),
-    "adapter without base": ("posttrain_gpt.py", lambda w: ["--lora-load", w.adapter, "--data-path", w.data], 2, ["--lora-load", "--load"], 1),
+    "empty dataset": (
+        "preprocess_data.py",
+        lambda w: preprocess(w, "--input", f"{w.root}/empty.json", "--output-prefix", w.new),
+        1,
+        ["empty.json"],
+        1,
+    ),
+    "map keys": (
+        "preprocess_data.py",
+        lambda w: preprocess(w, "--map-keys", "{'prompt': 'instruction'}", "--output-prefix", w.new),
+        2,
+        ["--map-keys", "JSON"],
+        1,
+    ),
+    "thinking without a template for it": (
+        "preprocess_data.py",
+        lambda w: preprocess(w, "--prompt-type", "default", "--enable-thinking", "true", "--output-prefix", w.new),
+        2,
+        ["--enable-thinking true", "default"],
+        1,
+    ),
+    "adapter without base": (
+        "posttrain_gpt.py",
+        lambda w: ["--lora-load", w.adapter, "--data-path", w.data],
+        2,
+        ["--lora-load", "--load"],
+        1,
+    ),
     "adapter without base, inference": ("inference.py", lambda w: ["--lora-load", w.adapter], 2, ["--lora-load", "--load"], 1),
-    "TP 2 when writing HF": ("convert_ckpt.py", lambda w: merge(w, "--target-tensor-parallel-size", "2"), 2, ["--target-tensor-parallel-size 2", "hf"], 1),
+    "TP 2 when writing HF": (
+        "convert_ckpt.py",
+        lambda w: merge(w, "--target-tensor-parallel-size", "2"),
+        2,
+        ["--target-tensor-parallel-size 2", "hf"],
+        1,
+    ),
     "wrong architecture": ("posttrain_gpt.py", lambda w: train(w, *TARGETS, "--hidden-size", "128"), 2, ["--hidden-size 128", "64"], 1),
     "fp16": ("posttrain_gpt.py", lambda w: train(w, *TARGETS, "--fp16"), 2, ["fp16"], 1),
     "dropout": ("posttrain_gpt.py", lambda w: train(w, *TARGETS, "--hidden-dropout", "0.1"), 2, ["--hidden-dropout", "0.1"], 1),
-    "global batch": ("posttrain_gpt.py", lambda w: train(w, *TARGETS, "--micro-batch-size", "2", "--global-batch-size", "3"), 2, ["--global-batch-size 3", "--micro-batch-size 2"], 1),
+    "global batch": (
+        "posttrain_gpt.py",
+        lambda w: train(w, *TARGETS, "--micro-batch-size", "2", "--global-batch-size", "3"),
+        2,
+        ["--global-batch-size 3", "--micro-batch-size 2"],
+        1,
+    ),
     "used save folder": ("posttrain_gpt.py", lambda w: train(w, *TARGETS, "--save", w.adapter), 2, ["--save", "adapter"], 1),
     "benchmark files": ("evaluation.py", lambda w: score(w), 1, ["--task-data-path", "_test.csv"], 1),
     "unknown task": ("evaluation.py", lambda w: score(w, "--task", "mnlu"), 2, ["--task", "mmlu"], 1),
     "empty prompt": ("inference.py", lambda w: ask(w, "--prompt", ""), 2, ["--prompt"], 1),
     "prompt too long": ("inference.py", lambda w: ask(w, "--prompt", "word " * 400), 2, ["256"], 1),
-}  # fmt: skip
+}
 
 
 def merge(world: World, *changes: str) -> list[str]:
-    return ["--load-model-type", "hf", "--save-model-type", "hf", "--load-dir", world.hf, "--lora-load", world.adapter, "--save-dir", world.new, *changes]
+    return [
+        "--load-model-type",
+        "hf",
+        "--save-model-type",
+        "hf",
+        "--load-dir",
+        world.hf,
+        "--lora-load",
+        world.adapter,
+        "--save-dir",
+        world.new,
+        *changes,
+    ]
 
 
 def tree(folder: Path) -> dict[str, int]:

@@ -188,6 +188,45 @@ def test_cached_decoding_equals_the_whole_pass(folders: dict[str, Path]) -> None
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)
 
 
+def _packed_cell(folder: Path, tp_size: int, pp_size: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and LoRA gradients of two rows that hold documents of 5, 7 and 9, 3 tokens (and padding)."""
+    engine = build_engine(folder, build_context(torch.device("cpu"), tp_size, pp_size, tp_size > 1), SPEC, True)
+    ids, labels, ends = _packed_rows()
+    loss = PipelineRunner(engine.stages, engine.context).forward_backward(ids, labels, torch.ones(2), 1, ends)
+    named = [pair for stage in engine.stages for pair in stage.named_parameters() if pair[1].requires_grad]
+    return loss.item(), {
+        name: parameter.grad for name, parameter in named if ".lora_B." in name and engine.table.lora_row(name).axis is None
+    }
+
+
+def _packed_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ids, labels = batch(rows=2, length=16)[0], torch.full((2, 16), -100)
+    ends = torch.tensor([[5, 12, 16], [9, 12, 16]], dtype=torch.int32)
+    for row, (first, second, _) in enumerate(ends.tolist()):
+        for start, end in ((0, first), (first, second)):
+            labels[row, start : end - 1] = ids[row, start + 1 : end]
+    return ids, labels, ends
+
+
+@pytest.mark.parametrize("layout", ["TP1", "PP2", "TP2-PP2"])
+def test_packed_documents_equal_separate_ones(pool: Any, folders: dict[str, Path], layout: str) -> None:
+    """Documents of a row never see each other: loss and gradients are those of the documents one by one."""
+    tp_size, pp_size, _ = LAYOUTS[layout]
+    alone = build_engine(folders["qwen3"], lora=SPEC, fusion=True)
+    ids, labels, ends = _packed_rows()
+    runner, expected = PipelineRunner(alone.stages, alone.context), 0.0
+    for row, bounds in enumerate([[0, *row_ends] for row_ends in ends.tolist()]):
+        for start, end in ((bounds[0], bounds[1]), (bounds[1], bounds[2])):
+            expected += runner.forward_backward(ids[row : row + 1, start:end], labels[row : row + 1, start:end], torch.ones(1), 1).item()
+    gradients = dict(alone.stages[0].named_parameters())
+    results = pool.run(_packed_cell, tp_size * pp_size, folders["qwen3"], tp_size, pp_size)
+    assert results[-1][0] == pytest.approx(expected, rel=1e-5)
+    for _, named in results if tp_size == 1 else []:
+        assert named
+        for name, gradient in named.items():
+            torch.testing.assert_close(gradient, gradients[name].grad, rtol=1e-5, atol=1e-5)
+
+
 def test_adapters_off_is_the_base(folders: dict[str, Path]) -> None:
     from mindspeed_lora.lora.layers import ParallelLoraLinear
 

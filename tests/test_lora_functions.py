@@ -80,8 +80,10 @@ def _run_pair(tp_size: int, sequence_parallel: bool, fusion: bool) -> dict[str, 
     with counted() as calls:
         y = row(torch.tanh(column(x)))
         y.backward(local(t["dy"]))
-    grads = {name: layer.get_parameter(f"{part}.default.weight").grad for layer, name, part in (
-        (column, "a1", "lora_A"), (column, "b1", "lora_B"), (row, "a2", "lora_A"), (row, "b2", "lora_B"))}
+    grads = {
+        name: layer.get_parameter(f"{part}.default.weight").grad
+        for layer, name, part in ((column, "a1", "lora_A"), (column, "b1", "lora_B"), (row, "a2", "lora_A"), (row, "b2", "lora_B"))
+    }
     collectives.all_reduce(grads["a1"], context.tp_group)  # grad_sum "always"
     if context.sequence_parallel:
         collectives.all_reduce(grads["b2"], context.tp_group)  # grad_sum "sp"
@@ -119,7 +121,14 @@ class counted:
 def _assemble(results: list[dict[str, Any]], sequence_parallel: bool) -> dict[str, torch.Tensor]:
     """Whole tensors from the ranks' parts."""
     whole = {}
-    for name, dim in (("y", 0 if sequence_parallel else None), ("x", 0 if sequence_parallel else None), ("a1", None), ("b1", 0), ("a2", 1), ("b2", None)):
+    for name, dim in (
+        ("y", 0 if sequence_parallel else None),
+        ("x", 0 if sequence_parallel else None),
+        ("a1", None),
+        ("b1", 0),
+        ("a2", 1),
+        ("b2", None),
+    ):
         parts = [result[name] for result in results]
         if dim is None:
             assert all(torch.equal(part, parts[0]) for part in parts), f"{name} differs between tp ranks"

@@ -57,7 +57,9 @@ def test_decoder_layer_on_fake_npu_tensors(tmp_path: Path) -> None:
         "LD_PRELOAD": f"{libraries / 'libascendcl.so'} {libraries / 'libmore.so'}",
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
     }
-    result = subprocess.run([sys.executable, str(ROOT / "tests" / "npu_layer.py")], env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "npu_layer.py")], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "backend cpu:gloo,npu:hccl" in result.stdout
     assert "8 LoRA gradients" in result.stdout

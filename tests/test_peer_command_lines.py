@@ -129,7 +129,12 @@ def test_2_preprocess(place: Path) -> None:
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_3_tune(place: Path, kind: str) -> None:
     without = set(LEFT_OUT) | ({flag for flag in FLAGS["posttrain_gpt.py"] if "--lora" in flag} if kind == "full" else set())
-    paths = {"load": str(place / "mg"), "save": str(place / kind), "data_path": str(place / "alpaca"), "tokenizer_name_or_path": str(place / "hf")}
+    paths = {
+        "load": str(place / "mg"),
+        "save": str(place / kind),
+        "data_path": str(place / "alpaca"),
+        "tokenizer_name_or_path": str(place / "hf"),
+    }
     assert main("posttrain_gpt.py", ["--device", "cpu", *words("posttrain_gpt.py", without, **paths)]) == 0
     assert (place / kind / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
 
@@ -153,7 +158,13 @@ def test_5_evaluate(place: Path, lora: bool, capsys: pytest.CaptureFixture[str],
 
 
 def test_6_merge(place: Path) -> None:
-    paths = {"load_model_type": "mg", "save_model_type": "hf", "load_dir": str(place / "mg"), "lora_load": str(place / "lora"), "save_dir": str(place / "hf")}
+    paths = {
+        "load_model_type": "mg",
+        "save_model_type": "hf",
+        "load_dir": str(place / "mg"),
+        "lora_load": str(place / "lora"),
+        "save_dir": str(place / "hf"),
+    }
     assert main("convert_ckpt.py", words("convert_ckpt.py", **paths, target_pipeline_parallel_size="1")) == 0
     assert (place / "hf" / "mg2hg" / "config.json").is_file() and list((place / "hf" / "mg2hg").glob("*.safetensors"))
 

@@ -16,6 +16,8 @@ r-wide ``u`` are saved.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from mindspeed_lora.parallel.collectives import all_gather_dim0, all_reduce, reduce_scatter_dim0
@@ -39,7 +41,17 @@ class ColumnLora(torch.autograd.Function):
     """Column-parallel linear with LoRA; see the module's formulas."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale: float, context: ParallelContext) -> torch.Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        context: ParallelContext,
+    ) -> torch.Tensor:
+        """x ``[s, b, in]`` (SP: ``[s/t, b, in]``) -> ``[s, b, out/t]``."""
         whole = all_gather_dim0(x, context.tp_group) if context.sequence_parallel else x
         u = torch.nn.functional.linear(whole, a)
         y = _add_low_rank(torch.nn.functional.linear(whole, weight, bias), u, b.t(), scale)
@@ -48,7 +60,8 @@ class ColumnLora(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy: torch.Tensor) -> Grads:  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, dy: torch.Tensor) -> Grads:
+        """Gradients of x, A and B; none for the frozen weight."""
         x, weight, a, b, u = ctx.saved_tensors
         context = ctx.context
         dy = dy.contiguous()
@@ -72,7 +85,16 @@ class RowLora(torch.autograd.Function):
     """Row-parallel linear with LoRA; see the module's formulas."""
 
     @staticmethod
-    def forward(ctx, x, weight, a, b, scale: float, context: ParallelContext) -> torch.Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        context: ParallelContext,
+    ) -> torch.Tensor:
+        """x ``[s, b, in/t]`` -> ``[s, b, out]`` (SP: ``[s/t, b, out]``)."""
         y, u = torch.nn.functional.linear(x, weight), torch.nn.functional.linear(x, a)
         if context.tp_group is not None:
             both = torch.cat((y, u), dim=-1)
@@ -83,7 +105,8 @@ class RowLora(torch.autograd.Function):
         return _add_low_rank(y, u, b.t(), scale)
 
     @staticmethod
-    def backward(ctx, dy: torch.Tensor) -> Grads:  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, dy: torch.Tensor) -> Grads:
+        """Gradients of x, A and B; none for the frozen weight."""
         x, weight, a, b, u = ctx.saved_tensors
         context = ctx.context
         dy = dy.contiguous()

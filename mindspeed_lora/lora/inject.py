@@ -35,7 +35,9 @@ def inject_lora(
 
     from mindspeed_lora.lora.layers import ParallelLoraLinear
 
-    present = {name.rpartition(".")[2] for name, module in stage.named_modules() if isinstance(module, (ColumnParallelLinear, RowParallelLinear))}
+    present = {
+        name.rpartition(".")[2] for name, module in stage.named_modules() if isinstance(module, (ColumnParallelLinear, RowParallelLinear))
+    }
     present.discard("output_layer")
     unmatched = [target for target in spec.targets if target not in present]
     if unmatched:

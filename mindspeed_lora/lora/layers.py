@@ -14,7 +14,7 @@ from mindspeed_lora.lora.functions import ColumnLora, RowLora
 from mindspeed_lora.parallel.layers import ColumnParallelLinear, RowParallelLinear, enter_column, leave_row
 
 
-class ParallelLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
+class ParallelLoraLinear(nn.Module, LoraLayer):
     """``base(x) + scale * B (A x)`` over the tensor-parallel group.
 
     | base   | A per rank     | B per rank     |
@@ -42,8 +42,14 @@ class ParallelLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
         self.lora_dropout[adapter_name] = nn.Identity()
         self.lora_A[adapter_name] = nn.Linear(weight.shape[1], r, bias=False, device=weight.device, dtype=weight.dtype)
         self.lora_B[adapter_name] = nn.Linear(r, weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
-        nn.init.zeros_(self.lora_B[adapter_name].weight)
+        nn.init.zeros_(self._weight(self.lora_B, adapter_name))
         self.set_adapter([adapter_name])
+
+    @staticmethod
+    def _weight(matrices: nn.ModuleDict, adapter_name: str) -> torch.Tensor:
+        weight = matrices[adapter_name].weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As the base layer's, plus the active adapter's part (none while adapters are disabled)."""
@@ -51,7 +57,7 @@ class ParallelLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
         if self.disable_adapters or not self.active_adapters:
             return base(x)
         (name,) = self.active_adapters
-        a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        a, b, scale = self._weight(self.lora_A, name), self._weight(self.lora_B, name), self.scaling[name]
         if isinstance(base, ColumnParallelLinear):
             if self.fusion:
                 return ColumnLora.apply(x, base.weight, base.bias, a, b, scale, base.context)

@@ -1,4 +1,4 @@
-"""What a forward pass needs beyond ids when a model generates: positions, a mask, and the keys and values seen so far."""
+"""What a forward pass needs beyond ids when a model generates, or when rows hold several documents."""
 
 from __future__ import annotations
 
@@ -70,3 +70,18 @@ class DecodeState:
     mask: torch.Tensor | None = None
     cache: KVCache | None = None
     wanted: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PackedDocuments:
+    """Rows that hold several documents behind one another, which never attend to each other.
+
+    ``ends``: for each row the cumulative ends of its documents, the last one the row's length (host integers: the NPU's
+    kernel wants them there).
+    """
+
+    ends: list[list[int]]
+
+
+Attend = DecodeState | PackedDocuments | None
+"""How attention differs from causal over the whole row: while generating, inside documents, or not at all."""

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mindspeed_lora import ops
-from mindspeed_lora.model.decode import DecodeState
+from mindspeed_lora.model.decode import Attend, DecodeState, PackedDocuments
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from mindspeed_lora.weights.config import ModelConfig
@@ -24,6 +24,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=context.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Any shape that ends in ``size`` -> the same."""
         return ops.rms_norm(x, self.weight, self.epsilon)
 
 
@@ -51,27 +52,35 @@ class SelfAttention(nn.Module):
         query, key, value = qkv.split((self.heads_per_group, 1, 1), dim=3)
         return query.reshape(length, batch, -1, self.kv_channels), key.squeeze(3), value.squeeze(3)
 
-    def forward(self, hidden: torch.Tensor, rotary: RotaryTables, decode: DecodeState | None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, rotary: RotaryTables, attend: Attend) -> torch.Tensor:
         """hidden ``[s, b, h]`` (SP: ``[s/t, b, h]``) -> the same shape."""
         query, key, value = self._split(self.linear_qkv(hidden))
         if self.qk_layernorm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         query, key = ops.rotate(query, *rotary), ops.rotate(key, *rotary)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        mask, is_causal = None, True
-        if decode is not None:
-            mask = decode.mask
-            if decode.cache is not None:
-                seen, length = decode.cache.length, query.shape[2]
-                is_causal = seen == 0
-                key, value = decode.cache.append(self.layer, key, value)
-                if mask is None and seen and length > 1:
-                    mask = torch.ones(length, seen + length, dtype=torch.bool, device=query.device).tril(seen)
         if self.recompute_core and torch.is_grad_enabled():
-            core = checkpoint(ops.attention, query, key, value, mask, is_causal, use_reentrant=False)
+            core = checkpoint(self._core, query, key, value, attend, use_reentrant=False)
         else:
-            core = ops.attention(query, key, value, mask, is_causal)
+            core = self._core(query, key, value, attend)
         return self.linear_proj(core.permute(2, 0, 1, 3).flatten(2))
+
+    def _core(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """query ``[b, n/t, s, d]``, key and value ``[b, g/t, s, d]`` -> ``[b, n/t, s, d]``."""
+        if isinstance(attend, PackedDocuments):
+            return ops.document_attention(query, key, value, attend.ends)
+        if attend is None:
+            return ops.attention(query, key, value)
+        return self._decode(query, key, value, attend)
+
+    def _decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decode: DecodeState) -> torch.Tensor:
+        if decode.cache is None:
+            return ops.attention(query, key, value, decode.mask)
+        mask, seen, length = decode.mask, decode.cache.length, query.shape[2]
+        key, value = decode.cache.append(self.layer, key, value)
+        if mask is None and seen and length > 1:
+            mask = torch.ones(length, seen + length, dtype=torch.bool, device=query.device).tril(seen)
+        return ops.attention(query, key, value, mask, is_causal=seen == 0)
 
 
 class MLP(nn.Module):
@@ -83,6 +92,7 @@ class MLP(nn.Module):
         self.linear_fc2 = RowParallelLinear(config.ffn_hidden_size, config.hidden_size, context, dtype)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[s, b, h]`` (SP: ``[s/t, b, h]``) -> the same."""
         return self.linear_fc2(ops.swiglu(self.linear_fc1(hidden)))
 
 
@@ -96,7 +106,7 @@ class TransformerLayer(nn.Module):
         self.pre_mlp_layernorm = RMSNorm(config.hidden_size, config, context, dtype)
         self.mlp = MLP(config, context, dtype)
 
-    def forward(self, hidden: torch.Tensor, rotary: RotaryTables, decode: DecodeState | None = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, rotary: RotaryTables, attend: Attend = None) -> torch.Tensor:
         """``[s, b, h]`` (SP: ``[s/t, b, h]``) -> the same."""
-        hidden = hidden + self.self_attention(self.input_layernorm(hidden), rotary, decode)
+        hidden = hidden + self.self_attention(self.input_layernorm(hidden), rotary, attend)
         return hidden + self.mlp(self.pre_mlp_layernorm(hidden))

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mindspeed_lora.arguments.configs import RecomputeFlags
-from mindspeed_lora.model.decode import DecodeState
+from mindspeed_lora.model.decode import Attend, DecodeState, PackedDocuments
 from mindspeed_lora.model.layers import RMSNorm, RotaryTables, TransformerLayer
 from mindspeed_lora.model.rotary import inverse_frequencies, rotary_tables
 from mindspeed_lora.parallel.collectives import all_gather_dim0
@@ -47,12 +47,13 @@ class Decoder(nn.Module):
             self.final_layernorm = RMSNorm(config.hidden_size, config, context, dtype)
         self._recompute_groups = _recompute_groups(len(layers), recompute)
 
-    def forward(self, hidden: torch.Tensor, rotary: RotaryTables, decode: DecodeState | None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, rotary: RotaryTables, attend: Attend) -> torch.Tensor:
+        """``[s, b, h]`` (SP: ``[s/t, b, h]``) -> the same, before the final norm."""
         layers = list(self.layers.values())
 
         def run(start: int, end: int, hidden: torch.Tensor) -> torch.Tensor:
             for layer in layers[start:end]:
-                hidden = layer(hidden, rotary, decode)
+                hidden = layer(hidden, rotary, attend)
             return hidden
 
         for start, end, recomputed in self._recompute_groups:
@@ -112,6 +113,7 @@ class GPTStage(nn.Module):
         labels: torch.Tensor | None = None,
         row_weights: torch.Tensor | None = None,
         decode: DecodeState | None = None,
+        document_ends: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run this stage.
 
@@ -120,6 +122,8 @@ class GPTStage(nn.Module):
             labels: int64 ``[b, s]``, the target of each position, -100 = not trained; used on the last stage.
             row_weights: float32 ``[b]``, factor of each row's loss (default 1).
             decode: set when generating.
+            document_ends: int32 CPU ``[b, documents]``, cumulative ends of each row's documents, the last one s (repeated where
+                a row has fewer); None: each row is one document.
 
         Returns:
             Hidden of the shape above; on the last stage float32 ``[b]``, each row's weighted sum of -log p, or without
@@ -133,7 +137,8 @@ class GPTStage(nn.Module):
             positions = torch.arange(length, device=x.device).unsqueeze(0)
         hidden = self.embedding.word_embeddings(x) if self.is_first else x
         rotary = rotary_tables(self.inverse_frequencies, positions, hidden.dtype)
-        hidden = self.decoder(hidden, rotary, decode)
+        attend = decode if document_ends is None else PackedDocuments(document_ends.tolist())
+        hidden = self.decoder(hidden, rotary, attend)
         if decode is not None and decode.cache is not None:
             decode.cache.advance(positions.shape[1])
         if not self.is_last:
@@ -153,7 +158,9 @@ class GPTStage(nn.Module):
         hidden = enter_column(hidden, self.context)
         trained = labels.transpose(0, 1) != IGNORED_LABEL
         rows = torch.arange(labels.shape[0], device=labels.device).expand_as(trained)[trained]
-        losses = linear_cross_entropy(hidden[trained], self.head_weight, labels.transpose(0, 1)[trained], self.config.vocab_size, self.context)
+        losses = linear_cross_entropy(
+            hidden[trained], self.head_weight, labels.transpose(0, 1)[trained], self.config.vocab_size, self.context
+        )
         if row_weights is not None:
             losses = losses * row_weights[rows]
         return torch.zeros(labels.shape[0], dtype=torch.float32, device=labels.device).index_add(0, rows, losses)

@@ -1,15 +1,17 @@
 """Kernels by name, chosen by the device the tensor lies on.
 
-| kernel    | cpu, cuda                          | npu                  |
-|-----------|------------------------------------|----------------------|
-| rms_norm  | eager                              | npu_rms_norm         |
-| rotate    | eager                              | npu_rotary_mul       |
-| swiglu    | eager                              | npu_swiglu           |
-| attention | scaled_dot_product_attention       | npu_fusion_attention |
+| kernel             | cpu, cuda                                 | npu                       |
+|--------------------|-------------------------------------------|---------------------------|
+| rms_norm           | eager                                     | npu_rms_norm              |
+| rotate             | eager                                     | npu_rotary_mul            |
+| swiglu             | eager                                     | npu_swiglu                |
+| attention          | scaled_dot_product_attention              | npu_fusion_attention      |
+| document_attention | scaled_dot_product_attention per document | npu_fusion_attention, TND |
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -41,3 +43,8 @@ def attention(
 ) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.attention`."""
     return _kernels(query).attention(query, key, value, mask, is_causal)
+
+
+def document_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: Sequence[Sequence[int]]) -> torch.Tensor:
+    """See :func:`mindspeed_lora.ops.eager.document_attention`."""
+    return _kernels(query).document_attention(query, key, value, ends)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -40,3 +43,21 @@ def attention(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=is_causal and mask is None, enable_gqa=query.shape[1] != key.shape[1]
     )
+
+
+def document_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Causal attention inside each document of a packed row; documents never see each other.
+
+    Args:
+        query, key, value: as for :func:`attention`, all of one length s.
+        ends: for each row the cumulative ends of its documents, the last one s; empty documents are skipped.
+
+    Returns:
+        ``[b, n, s, d]``.
+    """
+    rows = []
+    for row, row_ends in enumerate(ends):
+        bounds = sorted({0, *row_ends})
+        pieces = [(slice(row, row + 1), slice(None), slice(start, end)) for start, end in itertools.pairwise(bounds)]
+        rows.append(torch.cat([attention(query[piece], key[piece], value[piece]) for piece in pieces], dim=2))
+    return torch.cat(rows)

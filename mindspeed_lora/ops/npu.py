@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -11,15 +12,22 @@ from mindspeed_lora.device import load_torch_npu
 _CAUSAL_MASK_SIZE = 2048  # what sparse_mode 2 and 3 want, whatever the length
 
 
+def _causal_mask(device: torch.device) -> torch.Tensor:
+    return torch.ones(_CAUSAL_MASK_SIZE, _CAUSAL_MASK_SIZE, dtype=torch.bool, device=device).triu(1)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """See :func:`mindspeed_lora.ops.eager.rms_norm`."""
     return load_torch_npu().npu_rms_norm(x, weight, epsilon=epsilon)[0]
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """See :func:`mindspeed_lora.ops.eager.rotate`."""
     return load_torch_npu().npu_rotary_mul(x, cosine, sine)
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """See :func:`mindspeed_lora.ops.eager.swiglu`."""
     return load_torch_npu().npu_swiglu(x, dim=-1)
 
 
@@ -31,8 +39,25 @@ def attention(
     if mask is not None:
         hidden = ~mask
     elif is_causal and query.shape[2] > 1:
-        hidden = torch.ones(_CAUSAL_MASK_SIZE, _CAUSAL_MASK_SIZE, dtype=torch.bool, device=query.device).triu(1)
-        sparse_mode = 3
+        hidden, sparse_mode = _causal_mask(query.device), 3
     return load_torch_npu().npu_fusion_attention(
         query, key, value, query.shape[1], "BNSD", atten_mask=hidden, scale=1.0 / math.sqrt(query.shape[-1]), sparse_mode=sparse_mode
     )[0]
+
+
+def document_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: Sequence[Sequence[int]]) -> torch.Tensor:
+    """As :func:`mindspeed_lora.ops.eager.document_attention`: all rows behind one another, cut at the cumulative ends."""
+    batch, heads, length, channels = query.shape
+    cumulative = [row * length + end for row, row_ends in enumerate(ends) for end in sorted({*row_ends} - {0})]
+    flat = (tensor.transpose(1, 2).reshape(batch * length, tensor.shape[1], channels) for tensor in (query, key, value))
+    output = load_torch_npu().npu_fusion_attention(
+        *flat,
+        heads,
+        "TND",
+        atten_mask=_causal_mask(query.device),
+        scale=1.0 / math.sqrt(channels),
+        sparse_mode=3,
+        actual_seq_qlen=cumulative,
+        actual_seq_kvlen=cumulative,
+    )[0]
+    return output.view(batch, length, heads, channels).transpose(1, 2)

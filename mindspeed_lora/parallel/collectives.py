@@ -13,6 +13,8 @@ Transformer Models" (2022), section 4.2. A group of ``None`` means one rank: eve
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -109,44 +111,44 @@ def receive(tensor: torch.Tensor, group_rank: int, group: dist.ProcessGroup) -> 
 
 class _GatherFromSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, group: Group) -> torch.Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
         ctx.group = group
         return all_gather_dim0(tensor, group)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return reduce_scatter_dim0(grad, ctx.group), None
 
 
 class _ScatterToSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, group: Group) -> torch.Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
         ctx.group = group
         return reduce_scatter_dim0(tensor, group)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return all_gather_dim0(grad, ctx.group), None
 
 
 class _CopyToTp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, group: Group) -> torch.Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
         ctx.group = group
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return all_reduce(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
 
 
 class _ReduceFromTp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, group: Group) -> torch.Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
         return all_reduce(tensor.clone(memory_format=torch.contiguous_format), group)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad, None
 
 

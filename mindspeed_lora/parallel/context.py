@@ -41,18 +41,22 @@ class ParallelContext:
 
     @property
     def world_size(self) -> int:
+        """Number of processes."""
         return self.tp_size * self.pp_size * self.dp_size
 
     @property
     def rank(self) -> int:
+        """This process's place in the grid."""
         return (self.dp_rank * self.pp_size + self.pp_rank) * self.tp_size + self.tp_rank
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether the embedding is here."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether the loss head is here."""
         return self.pp_rank == self.pp_size - 1
 
 
@@ -71,7 +75,8 @@ def data_parallel_size(world_size: int, tensor_parallel_size: int, pipeline_para
     if world_size % model_size:
         raise UsageError(
             f"--tensor-model-parallel-size {tensor_parallel_size} x --pipeline-model-parallel-size {pipeline_parallel_size} = {model_size} "
-            f"does not divide the {world_size} processes that torchrun started (--nproc_per_node x --nnodes); start a multiple of {model_size}"
+            f"does not divide the {world_size} processes that torchrun started (--nproc_per_node x --nnodes); "
+            f"start a multiple of {model_size}"
         )
     return world_size // model_size
 
@@ -131,7 +136,9 @@ def build_context(
     )
 
 
-def initialize(device_name: str, tensor_parallel_size: int, pipeline_parallel_size: int, sequence_parallel: bool, timeout_minutes: int) -> ParallelContext:
+def initialize(
+    device_name: str, tensor_parallel_size: int, pipeline_parallel_size: int, sequence_parallel: bool, timeout_minutes: int
+) -> ParallelContext:
     """Choose the device, join torchrun's process group if there is one, and lay the grid. Called by entry verbs only."""
     world_size = world_size_from_environment()
     data_parallel_size(world_size, tensor_parallel_size, pipeline_parallel_size)

@@ -8,6 +8,8 @@ head recomputes each chunk's logits for its weight gradient.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -55,7 +57,15 @@ class _Slice:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, vocab_size, context, need_hidden_grad):  # type: ignore[no-untyped-def, override]
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        vocab_size: int,
+        context: ParallelContext,
+        need_hidden_grad: bool,
+    ) -> torch.Tensor:
         part = _Slice(weight.shape[0], vocab_size, context)
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         hidden_grad = torch.empty_like(hidden) if need_hidden_grad else None
@@ -69,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_grad, target, *trained = ctx.saved_tensors
         weight_grad = None
         if ctx.needs_input_grad[1]:
@@ -85,7 +95,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return scaled, weight_grad, None, None, None, None
 
 
-def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, vocab_size: int, context: ParallelContext) -> torch.Tensor:
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, vocab_size: int, context: ParallelContext
+) -> torch.Tensor:
     """-log p(target) of each token.
 
     Args:

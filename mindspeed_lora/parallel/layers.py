@@ -44,10 +44,13 @@ class _ParallelLinear(nn.Module):
 class ColumnParallelLinear(_ParallelLinear):
     """``y_i = x W_i^T + b_i``: the outputs are cut. ``in_size``, ``out_size`` are the whole layer's."""
 
-    def __init__(self, in_size: int, out_size: int, context: ParallelContext, bias: bool = False, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, in_size: int, out_size: int, context: ParallelContext, bias: bool = False, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__(in_size, out_size // context.tp_size, context, bias, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[s, b, in]`` (SP: ``[s/t, b, in]``) -> ``[s, b, out/t]``."""
         return F.linear(enter_column(x, self.context), self.weight, self.bias)
 
 
@@ -58,6 +61,7 @@ class RowParallelLinear(_ParallelLinear):
         super().__init__(in_size // context.tp_size, out_size, context, False, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[s, b, in/t]`` -> ``[s, b, out]`` (SP: ``[s/t, b, out]``)."""
         return leave_row(F.linear(x, self.weight), self.context)
 
 

@@ -19,6 +19,9 @@ from mindspeed_lora.device import total_memory_bytes
 from mindspeed_lora.parallel.collectives import receive, send
 from mindspeed_lora.parallel.context import ParallelContext
 
+Inputs = dict[str, torch.Tensor]
+"""Keyword inputs of a stage, each with one entry a row on dim 0, where the schedules cut them into micro-batches."""
+
 
 class Stage(Protocol):
     """What the runner needs of a stage (see :class:`mindspeed_lora.model.stage.GPTStage`)."""
@@ -27,9 +30,13 @@ class Stage(Protocol):
     is_last: bool
     dtype: torch.dtype
 
-    def hidden_shape(self, batch: int, length: int) -> tuple[int, int, int]: ...
+    def hidden_shape(self, batch: int, length: int) -> tuple[int, int, int]:
+        """Shape of what stages pass on."""
+        ...
 
-    def __call__(self, x: torch.Tensor, labels: torch.Tensor | None = None, row_weights: torch.Tensor | None = None) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """See :meth:`mindspeed_lora.model.stage.GPTStage.forward`."""
+        ...
 
 
 def split_micro_batches(num_micro_batches: int, pp_size: int, num_chunks: int, largest: int) -> list[int]:
@@ -54,6 +61,15 @@ def bubble_fraction(num_micro_batches: int, pp_size: int, num_chunks: int = 1) -
     return (pp_size - 1) / (num_micro_batches * num_chunks + pp_size - 1)
 
 
+def _stage_inputs(labels: torch.Tensor, row_weights: torch.Tensor, document_ends: torch.Tensor | None) -> Inputs:
+    inputs = {"labels": labels, "row_weights": row_weights}
+    return inputs if document_ends is None else {**inputs, "document_ends": document_ends}
+
+
+def _take(inputs: Inputs, rows: slice) -> Inputs:
+    return {name: tensor[rows] for name, tensor in inputs.items()}
+
+
 class PipelineRunner:
     """Forward and backward over this rank's stages.
 
@@ -74,18 +90,27 @@ class PipelineRunner:
         pp_size = self.context.pp_size
         return max(pp_size, int(self._budget_bytes // each) // pp_size * pp_size)
 
-    def forward_backward(self, ids: torch.Tensor, labels: torch.Tensor, row_weights: torch.Tensor, micro_batch_size: int) -> torch.Tensor:
+    def forward_backward(
+        self,
+        ids: torch.Tensor,
+        labels: torch.Tensor,
+        row_weights: torch.Tensor,
+        micro_batch_size: int,
+        document_ends: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Accumulate gradients of ``sum(row_weights * -log p)`` over the replica's rows.
 
         Args:
             ids, labels: int64 ``[m * micro_batch_size, s]`` on the device, on every rank of the replica.
             row_weights: float32 ``[m * micro_batch_size]``.
+            document_ends: int32 CPU ``[m * micro_batch_size, documents]``, see the stage; None: a row is one document.
 
         Returns:
             The sum as a float32 scalar on the last stage, 0 elsewhere.
         """
+        inputs = _stage_inputs(labels, row_weights, document_ends)
         if self.context.pp_size == 1:
-            return self._accumulate(ids, labels, row_weights, micro_batch_size)
+            return self._accumulate(ids, inputs, micro_batch_size)
         total = torch.zeros((), dtype=torch.float32, device=self.context.device)
         start, length = 0, ids.shape[1]
         num_micro_batches = ids.shape[0] // micro_batch_size
@@ -93,28 +118,28 @@ class PipelineRunner:
         for size in split_micro_batches(num_micro_batches, self.context.pp_size, len(self.stages), largest):
             rows = slice(start, start + size * micro_batch_size)
             start = rows.stop
-            total += self._step(ids[rows], labels[rows], row_weights[rows], micro_batch_size, size)
+            total += self._step(ids[rows], _take(inputs, rows), micro_batch_size, size)
         return total
 
-    def _accumulate(self, ids: torch.Tensor, labels: torch.Tensor, row_weights: torch.Tensor, micro_batch_size: int) -> torch.Tensor:
+    def _accumulate(self, ids: torch.Tensor, inputs: Inputs, micro_batch_size: int) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=self.context.device)
         for start in range(0, ids.shape[0], micro_batch_size):
             rows = slice(start, start + micro_batch_size)
-            loss = self.stages[0](ids[rows], labels[rows], row_weights[rows]).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = self.stages[0](ids[rows], **_take(inputs, rows)).sum()
+            loss.backward()
             total += loss.detach()
         return total
 
-    def _step(self, ids: torch.Tensor, labels: torch.Tensor, row_weights: torch.Tensor, micro_batch_size: int, size: int) -> torch.Tensor:
+    def _step(self, ids: torch.Tensor, inputs: Inputs, micro_batch_size: int, size: int) -> torch.Tensor:
         key = (size, micro_batch_size, ids.shape[1])
         if key != self._key:
             self._schedule = None  # free the old receive buffers before making new ones
             self._schedule, self._key = self._build(*key), key
         losses: list[torch.Tensor] = []
         arguments = (ids,) if self.stages[0].is_first else ()
-        keywords: dict[str, Any] = {"labels": labels, "row_weights": row_weights}
+        keywords: dict[str, Any] = dict(inputs)
         if self.stages[-1].is_last:
-            keywords |= {"target": row_weights, "losses": losses}
+            keywords |= {"target": inputs["row_weights"], "losses": losses}
         if "return_outputs" in inspect.signature(self._schedule.step).parameters:
             keywords["return_outputs"] = False
         self._schedule.step(*arguments, **keywords)
@@ -125,7 +150,7 @@ class PipelineRunner:
         """Stage and schedule objects for ``size`` micro-batches of ``[micro_batch_size, length]``."""
         context = self.context
         num_stages = context.pp_size * len(self.stages)
-        pipeline_stages = []
+        pipeline_stages: list[Any] = []
         for index, stage in enumerate(self.stages):
             hidden = torch.empty(stage.hidden_shape(micro_batch_size, length), dtype=stage.dtype, device="meta")
             ids = torch.empty((micro_batch_size, length), dtype=torch.int64, device="meta")
@@ -151,12 +176,20 @@ class PipelineRunner:
         return schedule(pipeline_stages[0], size, loss_fn=loss_of, scale_grads=False)
 
     @torch.no_grad()
-    def evaluate(self, ids: torch.Tensor, labels: torch.Tensor, row_weights: torch.Tensor, micro_batch_size: int) -> torch.Tensor:
+    def evaluate(
+        self,
+        ids: torch.Tensor,
+        labels: torch.Tensor,
+        row_weights: torch.Tensor,
+        micro_batch_size: int,
+        document_ends: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """As :meth:`forward_backward` without gradients."""
+        inputs = _stage_inputs(labels, row_weights, document_ends)
         total = torch.zeros((), dtype=torch.float32, device=self.context.device)
         for start in range(0, ids.shape[0], micro_batch_size):
             rows = slice(start, start + micro_batch_size)
-            output = forward_through_stages(self.stages, self.context, ids[rows], labels=labels[rows], row_weights=row_weights[rows])
+            output = forward_through_stages(self.stages, self.context, ids[rows], **_take(inputs, rows))
             total += 0 if output is None else output.sum()
         return total
 
