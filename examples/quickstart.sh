@@ -81,7 +81,7 @@ say "The base: all parameters learn the bundled base instructions (data parallel
 run preprocess_base "$PYTHON" preprocess_data.py --input $HERE/base_instructions.json --output-prefix "$OUT/data/base" \
     --tokenizer-name-or-path "$OUT/untrained" --handler-name AlpacaStyleInstructionHandler --prompt-type qwen3
 run train_base "${TORCHRUN[@]}" posttrain_gpt.py --device cpu --stage sft --load "$OUT/untrained" --save "$OUT/base_run" \
-    --data-path "$OUT/data/base" "${BATCH[@]}" "${SCHEDULE[@]}" --train-iters "${BASE_ITERS:-300}" --lr 3e-3 --min-lr 1e-5 --no-save-optim
+    --data-path "$OUT/data/base" "${BATCH[@]}" "${SCHEDULE[@]}" --train-iters "${BASE_ITERS:-280}" --lr 3e-3 --min-lr 1e-5 --no-save-optim
 run convert_base "$PYTHON" convert_ckpt.py --load-model-type mg --save-model-type hf --load-dir "$OUT/base_run" --save-dir "$OUT/base_hf" \
     --hf-cfg-dir "$OUT/untrained"
 
@@ -101,7 +101,7 @@ run exam_before "${TORCHRUN[@]}" evaluation.py --device cpu --load "$OUT/base_mg
 say "Step 3. Train: LoRA at TP1 PP2 with --lora-fusion"
 run train "${TORCHRUN[@]}" posttrain_gpt.py --device cpu --stage sft --load "$OUT/base_mg" --save "$OUT/lora" --finetune \
     --data-path "$OUT/data/new" --tensor-model-parallel-size 1 --pipeline-model-parallel-size 2 "${LORA[@]}" --lora-fusion \
-    "${BATCH[@]}" "${SCHEDULE[@]}" --train-iters "${LORA_ITERS:-220}" --lr 4e-3 --min-lr 4e-5
+    "${BATCH[@]}" "${SCHEDULE[@]}" --train-iters "${LORA_ITERS:-200}" --lr 4e-3 --min-lr 4e-5
 
 say "Step 4. Ask again, with the adapter, unmerged"
 run ask_after "$PYTHON" inference.py --device cpu --load "$OUT/base_mg" --lora-load "$OUT/lora" --task greedy --prompt-type qwen3 \
