@@ -7,6 +7,7 @@ import collections
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.weights.families import check_model_type, model_config_from_dict
+from mindspeed_lora.weights.inert import InertObject
 from mindspeed_lora.weights.sources import open_adapter, open_base
 from mindspeed_lora.weights.table import WeightTable
 from mindspeed_lora.weights.torch_files import load_torch_file
@@ -29,6 +31,7 @@ DENSE = (
     "v1_llama3_tp2pp2",
     "v1_qwen25tied_tp2pp2",
     "v1_qwen25tied_tp2pp1_vocabpad128",
+    "v2_qwen3_tp2pp2",
 )
 
 
@@ -214,9 +217,76 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not proof.exists()
 
 
-def test_pickle_protocol_4_is_refused_with_the_way_out() -> None:
-    with pytest.raises(CheckpointError, match=r"convert_ckpt_v2\.py.*write the checkpoint again with convert_ckpt\.py"):
-        open_base(golden() / "v2_qwen3_tp2pp2/output/mg")
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+def test_every_pickle_protocol_is_read_and_none_runs_code(protocol: int, tmp_path: Path) -> None:
+    proof = tmp_path / "it_ran"
+    path = tmp_path / "file.pt"
+    tensor = torch.arange(24, dtype=torch.bfloat16).view(4, 6)
+    torch.save({"model": collections.OrderedDict(a=tensor[1:3, ::2], b=tensor), "n": {1, 2}}, path, pickle_protocol=protocol)
+    read = load_torch_file(path)
+    assert torch.equal(read["model"]["a"], tensor[1:3, ::2]) and torch.equal(read["model"]["b"], tensor)
+    torch.save({"args": _Runs(f"touch {proof}"), "model": {}}, path, pickle_protocol=protocol)
+    with pytest.raises(CheckpointError, match="refused, nothing of it was run"):
+        load_torch_file(path)
+    assert not proof.exists()
+
+
+class _Reduced:
+    """Pickles as a call of ``function`` with ``arguments``, and then as BUILD with ``state``."""
+
+    def __init__(self, function: Any, arguments: tuple[Any, ...], state: Any = None) -> None:
+        self.parts = (function, arguments, state)
+
+    def __reduce__(self) -> Any:
+        return self.parts
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (_Reduced(eval, ("1",)), "refers to builtins.eval"),
+        (_Reduced(getattr, ("a", "b")), "refers to builtins.getattr"),
+        (_Reduced(__import__, ("os",)), "refers to builtins.__import__"),
+        (_Reduced(shutil.rmtree, ("/nowhere",)), "refers to shutil.rmtree"),
+        (_Reduced(torch._utils._rebuild_tensor_v2, ("x", 0, (2,), (1,), False, None)), "not of a storage"),
+    ],
+)
+def test_names_that_no_checkpoint_needs_are_refused(what: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.pt"
+    torch.save({"args": what, "model": {}}, path, pickle_protocol=4)
+    with pytest.raises(CheckpointError, match=message):
+        load_torch_file(path)
+
+
+def test_calls_of_expected_modules_make_inert_objects(tmp_path: Path) -> None:
+    proof = tmp_path / "it_ran"
+    path = tmp_path / "file.pt"
+    torch.save({"args": _Reduced(torch.save, ({}, str(proof))), "more": _Reduced(torch.hub.load, ("a/b", "c")), "model": {}}, path)
+    read = load_torch_file(path)
+    assert isinstance(read["args"], InertObject) and isinstance(read["more"], InertObject) and not proof.exists()
+
+
+def test_functions_and_storages_cannot_be_changed(tmp_path: Path) -> None:
+    before = torch._utils._rebuild_tensor_v2.__dict__.copy()
+    for head in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n", b"cargparse\nNamespace\n"):
+        path = tmp_path / "file.pt"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/data.pkl", b"\x80\x02" + head + b"}X\x01\x00\x00\x00aK\x01sb.")
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_torch_file(path)
+    assert torch._utils._rebuild_tensor_v2.__dict__ == before
+
+
+def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file.pt"
+    torch.save({"model": {"a": torch.ones(4, 4)}}, path, pickle_protocol=2)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, data.replace(b"K\x04K\x04\x86", b"K\x04K\x09\x86", 1))
+    with pytest.raises(CheckpointError, match="reaches beyond its storage of 64 bytes"):
+        load_torch_file(path)
 
 
 def test_containers_and_namespaces_are_read_without_their_classes(tmp_path: Path) -> None:

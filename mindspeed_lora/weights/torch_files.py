@@ -1,87 +1,115 @@
-"""Reading another program's ``.pt`` without running anything it contains.
+"""Reading another program's ``.pt`` (any pickle protocol) without running anything it contains.
 
-Classes that the file refers to are replaced by inert ones (``torch.serialization.safe_globals``), and only
-``torch.load(weights_only=True)`` ever reads it: a pickled call makes an inert object and runs nothing.
+Such a file is a zip archive of ``data.pkl`` and one uncompressed record per storage. torch's own restricted reader knows pickle
+protocol 2 only; the one here knows all, and resolves every name by :mod:`mindspeed_lora.weights.inert`, so that no code outside
+that file can be reached. Storages are ranges of one private memory map of the file.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
+import struct
 import zipfile
-from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from mindspeed_lora.errors import CheckpointError
+from mindspeed_lora.weights.inert import InertObject, StoredElements, stand_in
 
-# Modules whose classes occur in Megatron checkpoints; a name from anywhere else is refused rather than made inert.
-_EXPECTED_MODULES = (
-    "argparse",
-    "collections",
-    "datetime",
-    "enum",
-    "megatron",
-    "mindspeed",
-    "mindspeed_llm",
-    "numpy",
-    "pathlib",
-    "torch",
-    "transformers",
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # zip: signature, versions and flags, crc, sizes, name and extra lengths
+_DAMAGE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    OverflowError,
+    OSError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
 )
-_EXPECTED_BUILTINS = tuple(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("list", "dict", "set", "int", "float"))
 
 
-class InertObject:
-    """Stands for an instance of a class that is not loaded; keeps what it was made of and does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> InertObject:
-        """Accept any arguments."""
-        instance = super().__new__(cls)
-        instance.arguments = args
-        return instance
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.arguments = args
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-        else:
-            self.state = state
+class _RefusedName(Exception):
+    """The pickle refers to something that no Megatron checkpoint needs."""
 
 
-class InertMapping:
-    """Stands for ``collections.defaultdict``: making one gives a plain ordered dictionary, without the factory."""
+class _Records:
+    """The zip archive's records, and the storages among them mapped from the file."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
-        """A dictionary of a type that torch's restricted reader fills."""
-        return OrderedDict()
+    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+        self.path, self.archive = path, archive
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError("no data.pkl in it")
+        self.prefix = pickles[0].removesuffix("data.pkl")
+        self.infos = {info.filename: info for info in archive.infolist()}
+        self.size = path.stat().st_size
+        self._map: Any = None
+        order = self.prefix + "byteorder"
+        if order in self.infos and archive.read(order) != b"little":
+            raise ValueError("its numbers are not little-endian")
+
+    def pickle(self) -> bytes:
+        """The pickled dictionary."""
+        return self.archive.read(self.prefix + "data.pkl")
+
+    def storage(self, key: str, num_bytes: int) -> torch.UntypedStorage:
+        """The mapped bytes of one storage."""
+        info = self.infos.get(f"{self.prefix}data/{key}")
+        if info is None or info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"storage {key!r} is not in it, or compressed")
+        if num_bytes > info.file_size or num_bytes < 0:
+            raise ValueError(f"storage {key!r} has {info.file_size} bytes, {num_bytes} are needed")
+        if num_bytes == 0:
+            return torch.UntypedStorage(0)
+        assert self.archive.fp is not None
+        header = _LOCAL_HEADER.unpack(os.pread(self.archive.fp.fileno(), _LOCAL_HEADER.size, info.header_offset))
+        start = info.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]
+        if start + num_bytes > self.size:
+            raise ValueError(f"storage {key!r} ends beyond the file; it is truncated")
+        if self._map is None:
+            self._map = torch.UntypedStorage.from_file(str(self.path), False, self.size)
+        mapped: torch.UntypedStorage = self._map[start : start + num_bytes]
+        return mapped
 
 
-def _stand_in(name: str) -> type:
-    base = InertMapping if name == "collections.defaultdict" else InertObject
-    return type(f"Inert_{name.rpartition('.')[2]}", (base,), {})
+class _Unpickler(pickle.Unpickler):
+    """An unpickler that finds stand-ins instead of classes and functions."""
 
+    def __init__(self, records: _Records) -> None:
+        super().__init__(io.BytesIO(records.pickle()), encoding="utf-8")
+        self.records = records
+        self.found: dict[tuple[str, str], Any] = {}
+        self.storages: dict[str, torch.UntypedStorage] = {}
 
-def _unreadable_reason(message: str) -> str:
-    if "Unsupported operand" in message:  # torch's restricted reader knows pickle protocol 2
-        return (
-            "its pickle protocol is not 2, as in the files of the peer's convert_ckpt_v2.py, and cannot be read without running code; "
-            "write the checkpoint again with convert_ckpt.py"
-        )
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    reason = next(
-        (line for line in lines if line.startswith(("Can only", "Unsupported", "Trying"))), lines[0] if lines else "no reason given"
-    )
-    return f"holds something that cannot be read without running code ({reason})"
+    def find_class(self, module: str, name: str) -> Any:
+        """The stand-in of a name; importing nothing."""
+        if (module, name) not in self.found:
+            try:
+                self.found[module, name] = stand_in(module, name)
+            except LookupError as error:
+                raise _RefusedName(f"{module}.{name}") from error
+        return self.found[module, name]
 
-
-def _is_expected(name: str) -> bool:
-    return name.partition(".")[0] in _EXPECTED_MODULES or name in _EXPECTED_BUILTINS
+    def persistent_load(self, pid: Any) -> StoredElements:
+        """``("storage", type, key, location, number of elements)``; the location (cpu, npu:0, ...) does not matter."""
+        kind, storage_type, key, _, count = pid
+        dtype = storage_type if isinstance(storage_type, torch.dtype) else getattr(storage_type, "element_type", None)
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"an object of kind {kind!r} and type {storage_type!r}")
+        if key not in self.storages:
+            self.storages[key] = self.records.storage(str(key), int(count) * dtype.itemsize)
+        return StoredElements(self.storages[key], dtype)
 
 
 def load_torch_file(path: Path) -> dict[str, Any]:
@@ -98,26 +126,22 @@ def load_torch_file(path: Path) -> dict[str, Any]:
             f"{path}: not a complete torch checkpoint (no zip directory at its end); the file is truncated or something else"
         )
     try:
-        names = get_unsafe_globals_in_checkpoint(path)
-        refused = [name for name in names if not _is_expected(name)]
-        if refused:
-            raise CheckpointError(
-                f"{path}: refers to {', '.join(sorted(refused))}, which no Megatron checkpoint needs; refused, nothing of it was run. "
-                "Take the file from a source you trust, saved without such objects"
-            )
-        with safe_globals([(_stand_in(name), name) for name in names]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: {_unreadable_reason(str(error))}") from error
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged or no torch checkpoint ({str(error).splitlines()[0]})") from error
+        with zipfile.ZipFile(path) as archive:
+            content = _Unpickler(_Records(path, archive)).load()
+    except _RefusedName as error:
+        raise CheckpointError(
+            f"{path}: refers to {error}, which no Megatron checkpoint needs; refused, nothing of it was run. "
+            "Take the file from a source you trust, saved without such objects"
+        ) from error
+    except _DAMAGE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: damaged or no torch checkpoint ({reason})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, expected a dictionary with the key 'model'")
     return content
 
 
 def as_namespace(value: Any) -> SimpleNamespace | None:
-    """``args`` of a checkpoint as plain values; objects of unknown classes stay inert."""
-    if value is None:
-        return None
-    return SimpleNamespace(**{str(key): item for key, item in vars(value).items()})
+    """``args`` of a checkpoint as plain values; objects of unknown classes stay inert. None: there are no args to read."""
+    values = vars(value) if isinstance(value, InertObject) else value
+    return SimpleNamespace(**{str(key): item for key, item in values.items()}) if isinstance(values, Mapping) else None
