@@ -155,7 +155,8 @@ def test_accepted_values_are_checked(name: str, value: str, command: str, minima
         (CONVERT, "--model-type BERT", ["--model-type BERT"]),
         (CONVERT, "--num-layers-per-virtual-pipeline-stage 1", ["needs --target-pipeline-parallel-size"]),
         (PREPROCESS, "--handler-name GeneralPretrainHandler", ["later release", "AlpacaStyleInstructionHandler"]),
-        (PREPROCESS, "--neat-pack", ["--neat-pack", "later release"]),
+        (PREPROCESS, "--neat-pack --seq-length 64", ["--neat-pack", "needs --pack"]),
+        (PREPROCESS, "--pack", ["--pack needs --seq-length"]),
     ],
 )
 def test_refused_values_and_contradictions(command: str, words: str, expected: list[str], minimal: dict[str, list[str]]) -> None:

@@ -53,7 +53,7 @@ USER_TEMPLATES: list[dict[str, Any]] = [
 def run_case(case: Path, tmp_path: Path, workers: int = 1) -> Path:
     """Run a golden case's own command line and return the prefix."""
     words = shlex.split((case / "cmd.txt").read_text())
-    value = {word: following for word, following in itertools.pairwise(words) if word.startswith("--")}
+    value = {word: following for word, following in itertools.pairwise([*words, ""]) if word.startswith("--")}
     shipped = value["--prompt-type"] in ("qwen3", "llama2", "default", "empty")
     templates = None if shipped else write_json(tmp_path / "templates.json", USER_TEMPLATES)
     config = PreprocessConfig(
@@ -65,6 +65,8 @@ def run_case(case: Path, tmp_path: Path, workers: int = 1) -> Path:
         map_keys=json.loads(value.get("--map-keys", "null")),
         seq_length=int(value["--seq-length"]) if "--seq-length" in value else None,
         workers=workers,
+        pack="--pack" in words,
+        neat_pack="--neat-pack" in words,
     )
     write_dataset(config)
     return config.output_prefix
@@ -76,7 +78,7 @@ def different_files(case: Path, prefix: Path) -> list[str]:
     return [file.name for file in expected if file.read_bytes() != (prefix.parent / file.name).read_bytes()]
 
 
-@pytest.mark.parametrize("name", [*CASES, "data_alpaca_qwen", "data_alpaca_llama3"])
+@pytest.mark.parametrize("name", [*CASES, "data_alpaca_qwen", "data_alpaca_llama3", "data_alpaca_qwen_pack512"])
 def test_alpaca_files_are_byte_identical(name: str, tmp_path: Path) -> None:
     case = golden() / name
     assert different_files(case, run_case(case, tmp_path)) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_lora.arguments.configs import LORA_TARGETS, TrainConfig
-from mindspeed_lora.arguments.flag import CONVERT, RUNS, TRAIN, Flag
+from mindspeed_lora.arguments.flag import CONVERT, PREPROCESS, RUNS, TRAIN, Flag
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.manifest import MANIFEST_NAME, read_manifest
 
@@ -61,6 +61,8 @@ def check_values(command: str, values: Values, sources: Sources) -> list[str]:
         raise UsageError("--hf-chat-template and --prompt-type contradict each other; keep one of them")
     if command == CONVERT:
         _check_conversion(values, sources)
+    if command == PREPROCESS:
+        _check_packing(values)
     return notes
 
 
@@ -173,6 +175,13 @@ def _check_recompute(values: Values) -> None:
     if granularity != "full" and (method is not None or layers is not None):
         flag = f"--recompute-method {method}" if method is not None else f"--recompute-num-layers {layers}"
         raise UsageError(f"{flag} needs --recompute-granularity full (found: {granularity or 'none'})")
+
+
+def _check_packing(values: Values) -> None:
+    if values.get("neat_pack") and not values.get("pack"):
+        raise UsageError("--neat-pack numbers the records of a pack and needs --pack; add --pack")
+    if values.get("pack") and "seq_length" not in values:
+        raise UsageError("--pack needs --seq-length, the tokens of a pack; give the one of training, such as --seq-length 4096")
 
 
 def _check_conversion(values: Values, sources: Sources) -> None:

@@ -229,6 +229,8 @@ class PreprocessConfig:
     workers: int = 1
     log_interval: int = 1000
     append_eod: bool = False
+    pack: bool = False  # several records in one sample of seq_length tokens
+    neat_pack: bool = False  # with pack: number the records of a sample in the attention mask
 
 
 @dataclass(frozen=True)

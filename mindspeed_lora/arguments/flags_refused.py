@@ -80,7 +80,7 @@ FAMILY_FLAGS = [
 ]
 
 DATA_FLAGS = [
-    *refused("pack neat-pack", (TRAIN, PREPROCESS), PACKING),
+    *refused("pack neat-pack", (TRAIN,), PACKING),
     *refused("reset-attention-mask reset-position-ids", (TRAIN,), PACKING),
     *refused(
         "handler-name",

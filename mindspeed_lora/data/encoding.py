@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from mindspeed_lora.arguments.configs import TokenizerFlags
 from mindspeed_lora.data.cutting import Pair, cut_turns
+from mindspeed_lora.data.packing import IGNORED
 from mindspeed_lora.data.readers import BrokenRecord, Record
 from mindspeed_lora.data.records import Columns, SkippedRecord
-from mindspeed_lora.data.sft_dataset import IGNORED
 from mindspeed_lora.data.templates import ElementEncoder, Template, Turn
 from mindspeed_lora.data.tokenizer import load_tokenizer
 from mindspeed_lora.errors import DataError
@@ -40,6 +40,7 @@ class Recipe:
     columns: Columns
     seq_length: int | None
     append_eod: bool = False
+    cut_rest: bool = False  # --neat-pack: cut at the right what is still too long, instead of dropping it
 
 
 def _no_ids() -> npt.NDArray[np.int32]:
@@ -124,9 +125,11 @@ class RecordEncoder:
             labels += hidden
             labels += target
             notes["turns without a stop token at the end"] += not efficient_eos and not self._stops_well(target)
-        notes["records cut to --seq-length"] += _count(cut) != _count(pairs)
         end = [*efficient_eos, *(self._eos if self.recipe.append_eod else ())]
-        return ids + end, labels + end
+        ids, labels = ids + end, labels + end
+        longest = self.recipe.seq_length - 1 if self.recipe.seq_length and self.recipe.cut_rest else len(ids)
+        notes["records cut to --seq-length"] += _count(cut) != _count(pairs) or len(ids) > longest
+        return ids[:longest], labels[:longest]
 
     def _stops_well(self, target: list[int]) -> bool:
         for index in reversed(target):

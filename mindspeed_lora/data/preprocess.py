@@ -19,12 +19,13 @@ import numpy as np
 
 from mindspeed_lora.arguments.configs import PreprocessConfig, TokenizerFlags
 from mindspeed_lora.data.encoding import EncodedChunk, Recipe, encode_chunks
-from mindspeed_lora.data.indexed_dataset import IndexedDatasetBuilder, bin_path, idx_path
+from mindspeed_lora.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder, bin_path, idx_path
+from mindspeed_lora.data.packing import IGNORED, NEAT_PACK, PACK, fill_bags, packed_samples
 from mindspeed_lora.data.readers import RecordSource, open_records
 from mindspeed_lora.data.records import check_columns, columns_of
-from mindspeed_lora.data.sft_dataset import IGNORED, KEYS, key_stem, manifest_name
+from mindspeed_lora.data.sft_dataset import KEYS, key_stem, manifest_name
 from mindspeed_lora.data.templates import load_template
-from mindspeed_lora.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from mindspeed_lora.data.tokenizer import load_tokenizer, pad_token_id, tokenizer_fingerprint
 from mindspeed_lora.errors import DataError, UsageError
 from mindspeed_lora.files import fsync_path, temporary_name
 from mindspeed_lora.log import get_logger
@@ -37,6 +38,14 @@ CHUNK_RECORDS = 500
 _NUMBERS_SHOWN = 10
 
 
+@dataclass(frozen=True)
+class FlagNames:
+    """What messages call the input and the output."""
+
+    input: str = "--input"
+    output: str = "--output-prefix"
+
+
 @dataclass
 class PreprocessReport:
     """What became of the input. Record numbers count from 1."""
@@ -46,6 +55,8 @@ class PreprocessReport:
     num_tokens: int = 0
     num_trained_tokens: int = 0
     longest: int = 0
+    num_packs: int | None = None  # samples of several records; None: not packed
+    pack_length: int = 0
     skipped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # reason: first record numbers
     num_skipped: Counter[str] = field(default_factory=Counter)  # by reason
     notes: Counter[str] = field(default_factory=Counter)
@@ -73,6 +84,7 @@ class PreprocessReport:
             "tokens": self.num_tokens,
             "trained_tokens": self.num_trained_tokens,
             "longest": self.longest,
+            **({} if self.num_packs is None else {"packs": self.num_packs}),
             "notes": {note: count for note, count in self.notes.items() if count},
         }
 
@@ -83,6 +95,9 @@ class PreprocessReport:
         lines += [f"  note: {count:,} {note}" for note, count in self.notes.items() if count]
         share = self.num_trained_tokens / max(self.num_tokens, 1)
         lines.append(f"{self.num_tokens:,} tokens, {share:.1%} of them trained; the longest record has {self.longest:,}")
+        if self.num_packs is not None:
+            filled = self.num_tokens / max(self.num_packs * self.pack_length, 1)
+            lines.append(f"packed into {self.num_packs:,} samples of {self.pack_length:,} tokens, {filled:.1%} of them filled")
         lines.append(f"{self.seconds:.1f} s, {self.num_records / max(self.seconds, 1e-9):,.0f} records/s")
         return lines
 
@@ -107,39 +122,54 @@ def preprocess(config: PreprocessConfig) -> int:
     return 0
 
 
-def write_dataset(config: PreprocessConfig) -> PreprocessReport:
+def write_dataset(config: PreprocessConfig, flags: FlagNames = FlagNames()) -> PreprocessReport:
     """Read, encode and write; on any error nothing is left behind, and files of an earlier run stay as they were.
+
+    ``flags``: what the messages call the input and the output.
 
     Raises:
         UsageError: a flag, a column or a template that does not fit.
         DataError: the input is damaged or empty, or no record of it could be used.
     """
     start = time.monotonic()
+    _check_numbers(config)
+    columns = columns_of(config.handler_name, config.map_keys)
+    template = load_template(config.template.prompt_type, config.template.prompt_type_path)
+    thinking = template.check_thinking(config.template.enable_thinking or "none")
+    source = open_records(config.input, flags.input)
+    used = {getattr(columns, name) for name in columns.__dataclass_fields__ if name != "tags"} - {None}
+    found = source.columns(used)
+    if not found:
+        raise DataError(f"{flags.input} {config.input}: no records in it")
+    check_columns(columns, config.map_keys, found)
+    tokenizer = load_tokenizer(config.tokenizer)
+    recipe = Recipe(template, thinking, columns, config.seq_length, config.append_eod, config.neat_pack)
+    _warn_about(recipe, tokenizer)
+    report = PreprocessReport()
+    with _staged(config.output_prefix, flags.output) as staging:
+        written = staging / ("unpacked" if config.pack else config.output_prefix.name)
+        _write_files(config, source, tokenizer, recipe, written, report)
+        if not report.num_written:
+            reasons = "\n".join(report.skipped_lines())
+            raise DataError(
+                f"{flags.input} {config.input}: none of {report.num_records} records could be used, nothing is written\n{reasons}"
+            )
+        if config.pack:
+            _pack_files(config, written, staging / config.output_prefix.name, pad_token_id(tokenizer), report)
+        _publish(config.output_prefix, staging, _manifest(config, source, tokenizer, recipe, report))
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def _check_numbers(config: PreprocessConfig) -> None:
     if config.workers < 1:
         raise UsageError(f"--workers {config.workers}: give the number of processes, 1 or more")
     if config.seq_length is not None and config.seq_length < 2:
         raise UsageError(f"--seq-length {config.seq_length}: give a number of tokens, 2 or more")
-    columns = columns_of(config.handler_name, config.map_keys)
-    template = load_template(config.template.prompt_type, config.template.prompt_type_path)
-    thinking = template.check_thinking(config.template.enable_thinking or "none")
-    source = open_records(config.input)
-    used = {getattr(columns, name) for name in columns.__dataclass_fields__ if name != "tags"} - {None}
-    found = source.columns(used)
-    if not found:
-        raise DataError(f"--input {config.input}: no records in it")
-    check_columns(columns, config.map_keys, found)
-    tokenizer = load_tokenizer(config.tokenizer)
-    recipe = Recipe(template, thinking, columns, config.seq_length, config.append_eod)
-    _warn_about(recipe, tokenizer)
-    report = PreprocessReport()
-    with _staged(config.output_prefix) as staging:
-        _write_files(config, source, tokenizer, recipe, staging, report)
-        if not report.num_written:
-            reasons = "\n".join(report.skipped_lines())
-            raise DataError(f"--input {config.input}: none of {report.num_records} records could be used, nothing is written\n{reasons}")
-        _publish(config.output_prefix, staging, _manifest(config, source, tokenizer, recipe, report))
-    report.seconds = time.monotonic() - start
-    return report
+    if config.neat_pack and not config.pack:
+        raise UsageError("--neat-pack numbers the records of a pack and needs --pack; add --pack")
+    if config.pack and config.seq_length is None:
+        raise UsageError("--pack needs --seq-length, the tokens of a pack; give the one of training, such as --seq-length 4096")
 
 
 def _warn_about(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -159,7 +189,7 @@ def _write_files(
     source: RecordSource,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
-    staging: Path,
+    prefix: Path,
     report: PreprocessReport,
 ) -> None:
     from tqdm import tqdm
@@ -169,7 +199,7 @@ def _write_files(
     size = max(1, min(CHUNK_RECORDS, (source.count() or CHUNK_RECORDS * config.workers) // config.workers))
     chunks = encode_chunks(source.batches(size), tokenizer, flags, recipe, config.workers)
     with ExitStack() as stack:
-        builders = {key: stack.enter_context(IndexedDatasetBuilder(key_stem(staging / config.output_prefix.name, key))) for key in KEYS}
+        builders = {key: stack.enter_context(IndexedDatasetBuilder(key_stem(prefix, key))) for key in KEYS}
         bar = stack.enter_context(tqdm(total=source.count(), unit="record", desc="preprocess", miniters=config.log_interval))
         for chunk in chunks:
             values = {"input_ids": chunk.ids, "labels": chunk.labels, "attention_mask": np.ones_like(chunk.ids)}
@@ -179,6 +209,21 @@ def _write_files(
             bar.update(chunk.num_records)
         for builder in builders.values():
             builder.finish()
+
+
+def _pack_files(config: PreprocessConfig, source: Path, target: Path, pad_token_id: int, report: PreprocessReport) -> None:
+    """Read the records at the prefix ``source`` back from the disk and write their bags at the prefix ``target``."""
+    assert config.seq_length is not None
+    ids, labels = (IndexedDataset(key_stem(source, key)) for key in ("input_ids", "labels"))
+    bags = fill_bags(ids.lengths, config.seq_length - 1)
+    with ExitStack() as stack:
+        builders = {key: stack.enter_context(IndexedDatasetBuilder(key_stem(target, key))) for key in KEYS}
+        for sample in packed_samples(ids, labels, bags, config.seq_length, pad_token_id, config.neat_pack):
+            for key, builder in builders.items():
+                builder.add_document(sample[key])
+        for builder in builders.values():
+            builder.finish()
+    report.num_packs, report.pack_length = len(bags), config.seq_length
 
 
 def _manifest(
@@ -195,6 +240,7 @@ def _manifest(
             "map_keys": config.map_keys,
             "seq_length": config.seq_length,
             "append_eod": config.append_eod,
+            "packing": NEAT_PACK if config.neat_pack else PACK if config.pack else None,
         },
         counts=report.counts(),
     )
@@ -215,17 +261,17 @@ def _publish(prefix: Path, staging: Path, manifest: Manifest) -> None:
 
 
 @contextmanager
-def _staged(prefix: Path) -> Iterator[Path]:
+def _staged(prefix: Path, flag: str) -> Iterator[Path]:
     """Yield a hidden folder beside ``prefix`` that vanishes afterwards; folders made for it vanish too unless something was put there."""
     if not prefix.name:
-        raise UsageError(f"--output-prefix {prefix}: give a folder and the beginning of a file name, such as dataset/alpaca")
+        raise UsageError(f"{flag} {prefix}: give a folder and the beginning of a file name, such as dataset/alpaca")
     made = [folder for folder in (prefix.parent, *prefix.parent.parents) if not folder.exists()]
     staging = temporary_name(prefix)
     try:
         staging.mkdir(parents=True)
         yield staging
     except OSError as error:
-        raise DataError(f"--output-prefix {prefix}: cannot write there: {error.strerror or error} ({error.filename or staging})") from error
+        raise DataError(f"{flag} {prefix}: cannot write there: {error.strerror or error} ({error.filename or staging})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         for folder in made:

@@ -74,8 +74,10 @@ class RecordSource:
         return None
 
 
-def open_records(path: Path) -> RecordSource:
+def open_records(path: Path, flag: str = "--input") -> RecordSource:
     """Find the input files of ``--input``: one file, or a folder, of which the most common known extension is read, sorted by name.
+
+    ``flag``: what the messages call it.
 
     Raises:
         UsageError: no such path, an unknown extension, or a folder without a known file.
@@ -85,13 +87,13 @@ def open_records(path: Path) -> RecordSource:
     if path.is_file():
         extension = path.suffix.lstrip(".").lower()
         if extension not in _READERS:
-            raise UsageError(f"--input {path}: unknown extension {path.suffix or '(none)'!r}; known are {known}")
+            raise UsageError(f"{flag} {path}: unknown extension {path.suffix or '(none)'!r}; known are {known}")
         return RecordSource((path,), extension)
     if not path.is_dir():
-        raise UsageError(f"--input {path}: no such file or folder; nothing is downloaded, give a local {known} file")
+        raise UsageError(f"{flag} {path}: no such file or folder; nothing is downloaded, give a local {known} file")
     files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lstrip(".").lower() in _READERS)
     if not files:
-        raise UsageError(f"--input {path}: the folder holds no {known} file")
+        raise UsageError(f"{flag} {path}: the folder holds no {known} file")
     extension = Counter(file.suffix.lstrip(".").lower() for file in files).most_common(1)[0][0]
     return RecordSource(tuple(file for file in files if file.suffix.lstrip(".").lower() == extension), extension)
 

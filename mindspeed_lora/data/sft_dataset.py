@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from mindspeed_lora.arguments.configs import TemplateFlags
 from mindspeed_lora.data.indexed_dataset import IndexedDataset, bin_path, idx_path
+from mindspeed_lora.data.packing import IGNORED
 from mindspeed_lora.data.templates import load_template
 from mindspeed_lora.data.tokenizer import tokenizer_fingerprint
 from mindspeed_lora.errors import DataError, UsageError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KEYS = ("input_ids", "labels", "attention_mask")
-IGNORED = -100  # the label of a position that is not trained
 _LONG_FORM = re.compile(r"_packed(_(input_ids|labels|attention_mask)(_document(\.bin|\.idx)?)?)?_?$")
 _SCAN_TOKENS = 1 << 24
 

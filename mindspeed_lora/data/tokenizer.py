@@ -53,6 +53,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()
 
 
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills up a row: the pad token, else eos, else 0. Any id does: it lies right of the text and is not trained."""
+    return next((int(value) for value in (tokenizer.pad_token_id, tokenizer.eos_token_id) if value is not None), 0)
+
+
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text by itself, without special tokens added, in one call."""
     if not texts:

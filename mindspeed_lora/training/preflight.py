@@ -14,7 +14,7 @@ from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, 
 from mindspeed_lora.checkpoint.resume import TrainerState, read_trainer_state
 from mindspeed_lora.checkpoint.start import StartPoint, check_save_folder, find_start
 from mindspeed_lora.data.sft_dataset import SFTDataset, check_data_manifest, open_sft_dataset, split_ranges
-from mindspeed_lora.data.tokenizer import load_tokenizer
+from mindspeed_lora.data.tokenizer import load_tokenizer, pad_token_id
 from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.parallel.context import data_parallel_size
 from mindspeed_lora.training.schedule import LearningRateSchedule, build_schedule
@@ -87,7 +87,7 @@ def plan_training(config: TrainConfig, world_size: int) -> TrainingPlan:
         dataset=dataset,
         splits=splits,
         tokenizer_dir=config.tokenizer.name_or_path or start.base.config_dir,
-        pad_token_id=_pad_token_id(tokenizer),
+        pad_token_id=pad_token_id(tokenizer),
         pad_multiple=_pad_multiple(config, model, notes),
         dp_size=dp_size,
         global_batch_size=global_batch_size,
@@ -149,11 +149,6 @@ def _open_data(config: TrainConfig, start: StartPoint, model: ModelConfig) -> tu
     check_data_manifest(dataset.manifest, tokenizer, config.template)
     dataset.check_token_ids(model.vocab_size)
     return dataset, splits, tokenizer
-
-
-def _pad_token_id(tokenizer: Any) -> int:
-    """Any id does: padding lies right of the sample, under a causal mask, and is not trained."""
-    return next((int(value) for value in (tokenizer.pad_token_id, tokenizer.eos_token_id) if value is not None), 0)
 
 
 def _origin(config: TrainConfig, dataset: SFTDataset, schedule: LearningRateSchedule) -> dict[str, Any]:
