@@ -188,6 +188,31 @@ def test_cached_decoding_equals_the_whole_pass(folders: dict[str, Path]) -> None
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)
 
 
+def _fill_drain_cell(folder: Path, layers_per_virtual_stage: int | None) -> list[float]:
+    """Norms of the gradients and the loss, by the library's schedule and by the plain one."""
+    from mindspeed_lora.parallel.fill_drain import fill_drain
+
+    engine = build_engine(folder, build_context(torch.device("cpu"), 1, 2), SPEC, True, layers_per_virtual_stage=layers_per_virtual_stage)
+    ids, labels, weights = batch()
+    runner, outcomes = PipelineRunner(engine.stages, engine.context), []
+    trained = [parameter for stage in engine.stages for parameter in stage.parameters() if parameter.requires_grad]
+    for plain in (False, True):
+        for parameter in trained:
+            parameter.grad = None
+        inputs = {"labels": labels, "row_weights": weights}
+        loss = fill_drain(engine.stages, engine.context, ids, inputs, 1) if plain else runner.forward_backward(ids, labels, weights, 1)
+        outcomes.append([loss.item(), *(parameter.grad.norm().item() for parameter in trained if parameter.grad is not None)])
+    assert len(outcomes[0]) == len(trained) + 1
+    assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-6)
+    return outcomes[1]
+
+
+@pytest.mark.parametrize("layers_per_virtual_stage", [None, 1])
+def test_plain_schedule_equals_the_librarys(pool: Any, folders: dict[str, Path], layers_per_virtual_stage: int | None) -> None:
+    results = pool.run(_fill_drain_cell, 2, folders["qwen3"], layers_per_virtual_stage)
+    assert results[0][0] == 0.0 and results[1][0] > 0.0
+
+
 def _packed_cell(folder: Path, tp_size: int, pp_size: int) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and LoRA gradients of two rows that hold documents of 5, 7 and 9, 3 tokens (and padding)."""
     engine = build_engine(folder, build_context(torch.device("cpu"), tp_size, pp_size, tp_size > 1), SPEC, True)

@@ -18,6 +18,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from mindspeed_lora.device import total_memory_bytes
 from mindspeed_lora.parallel.collectives import receive, send
 from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.parallel.fill_drain import fill_drain, library_schedules_work
 
 Inputs = dict[str, torch.Tensor]
 """Keyword inputs of a stage, each with one entry a row on dim 0, where the schedules cut them into micro-batches."""
@@ -111,6 +112,8 @@ class PipelineRunner:
         inputs = _stage_inputs(labels, row_weights, document_ends)
         if self.context.pp_size == 1:
             return self._accumulate(ids, inputs, micro_batch_size)
+        if not library_schedules_work(self.context):
+            return fill_drain(self.stages, self.context, ids, inputs, micro_batch_size)
         total = torch.zeros((), dtype=torch.float32, device=self.context.device)
         start, length = 0, ids.shape[1]
         num_micro_batches = ids.shape[0] // micro_batch_size
