@@ -1,7 +1,7 @@
 """The weights that a conversion writes: the base's own, or ``W + scale * B A`` in fp32 and cast once.
 
 What the cast takes away from the adapter is measured: with delta = scale B A and merged the stored result,
-share = |(merged - W) - delta| / |delta| (Frobenius norms over all tensors of a module kind).
+share = |merged - (W + delta)| / |delta| in fp32 (Frobenius norms over all tensors of a module kind); 0 where fp32 is stored.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class RoundingReport:
     lost: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     seen: set[tuple[str, int | None]] = field(default_factory=set)
 
-    def add(self, row: Row, layer: int | None, delta: torch.Tensor, stored_change: torch.Tensor) -> None:
-        """Count one part (all fp32)."""
-        self.delta[str(row.module)] += float(delta.double().square().sum())
-        self.lost[str(row.module)] += float((stored_change.double() - delta.double()).square().sum())
+    def add(self, row: Row, delta: float, lost: float) -> None:
+        """Count one part: squared Frobenius norms of its change and of what the cast took of it."""
+        self.delta[str(row.module)] += delta
+        self.lost[str(row.module)] += lost
 
     def shares(self) -> dict[str, float]:
         """Share lost in [0, ..] per module kind and in ``total``; an adapter that changes nothing loses nothing."""
@@ -61,11 +61,17 @@ class WeightStream:
         matrix_a, matrices_b = self.adapter.lora_parts(row, layer)
         matrix_a = matrix_a.float()
         merged = []
+        unseen = (row.megatron, layer) not in self.report.seen
         for part, matrix_b, dtype in zip(parts, matrices_b, dtypes, strict=True):
-            delta = self.lora.scale * (matrix_b.float() @ matrix_a)
-            result = (part.float() + delta).to(dtype)
-            if (row.megatron, layer) not in self.report.seen:
-                self.report.add(row, layer, delta, result.float() - part.float())
+            total = (matrix_b.float() @ matrix_a).mul_(self.lora.scale)  # one buffer: delta, then the sum, then what the cast loses
+            delta = _squared_norm(total) if unseen else 0.0
+            result = total.add_(part).to(dtype, copy=True)
+            if unseen:
+                self.report.add(row, delta, _squared_norm(total.sub_(result)))
             merged.append(result)
         self.report.seen.add((row.megatron, layer))
         return merged
+
+
+def _squared_norm(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor)) ** 2
