@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,26 +17,20 @@ from mindspeed_lora.weights.torch_files import as_namespace, load_torch_file
 
 _RANK_DIRECTORY = re.compile(r"^mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?$")
 _LOCAL_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..*)$")
-_REOPEN_AFTER_BYTES = 1 << 30
+_REOPEN_AFTER_BYTES = 1 << 28
 
 
 @dataclass
 class RankFile:
-    """One ``model_optim_rng.pt``, opened when first needed.
-
-    A mapping that stays open keeps every page it has read in the process's resident size, so it is dropped and
-    opened again after each GiB handed out.
-    """
+    """One ``model_optim_rng.pt``, opened when first needed."""
 
     path: Path
     _content: dict[str, Any] | None = field(default=None, repr=False)
-    _bytes: int = 0
 
     def content(self) -> dict[str, Any]:
         """The dictionary, tensors memory-mapped."""
         if self._content is None:
             self._content = load_torch_file(self.path)
-            self._bytes = 0
         return self._content
 
     def chunks(self) -> list[str]:
@@ -62,10 +56,11 @@ class RankFile:
         tensor = self.content()[self.chunks()[chunk]].get(name)
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{self.path}: has no tensor {name}")
-        self._bytes += tensor.nbytes
-        if self._bytes > _REOPEN_AFTER_BYTES:
-            self._content = None
         return tensor
+
+    def close(self) -> None:
+        """Drop the mapping; tensors handed out keep theirs as long as they live."""
+        self._content = None
 
 
 def find_iteration(folder: Path) -> tuple[Path, int]:
@@ -101,6 +96,7 @@ class MegatronFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self._bytes_read = 0
         self.iteration_dir, self.iteration = find_iteration(self.path)
         self._files = self._find_files()
         self.tp_size = 1 + max(tp for tp, _ in self._files)
@@ -200,6 +196,18 @@ class MegatronFolder:
                     odd = sorted(expected ^ set(file.names(chunk)))
                     if odd:
                         raise CheckpointError(f"{file.path}: its tensors differ from tensor rank 0's: {', '.join(odd[:5])}")
+
+    def note_read(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Say that ``tensors`` are about to be read whole.
+
+        A mapping that stays open keeps every page it has read in the process's resident size, so after each
+        ``_REOPEN_AFTER_BYTES`` over all files they are closed, to be opened again when next needed.
+        """
+        self._bytes_read += sum(tensor.nbytes for tensor in tensors)
+        if self._bytes_read > _REOPEN_AFTER_BYTES:
+            self._bytes_read = 0
+            for file in self._files.values():
+                file.close()
 
     def shards(self, place: tuple[int, int, str]) -> list[torch.Tensor]:
         """All tensor ranks' shards of one tensor (mapped views)."""

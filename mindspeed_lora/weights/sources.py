@@ -201,6 +201,7 @@ class MegatronBase(Base):
         """See the base class."""
         shards = self._shards(row, layer)
         self._check_shapes(row, layer, shards)
+        self.folder.note_read(shards)
         return unshard(row, shards)
 
     def part_dtypes(self, row: Row, layer: int | None) -> list[torch.dtype]:
@@ -257,8 +258,9 @@ class MegatronBase(Base):
                 self._check_alias(row)
 
     def _check_alias(self, row: Row) -> None:
-        copies = self.folder.shards(self._index[row.megatron][0])
-        for copy, own in zip(copies, self._shards(row, None), strict=True):
+        copies, originals = self.folder.shards(self._index[row.megatron][0]), self._shards(row, None)
+        self.folder.note_read([*copies, *originals])
+        for copy, own in zip(copies, originals, strict=True):
             if copy.shape != own.shape or not _equal(copy, own):
                 raise CheckpointError(f"{self.path}: embeddings are tied, but {row.megatron} differs from {row.alias_of}")
 
