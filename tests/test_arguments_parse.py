@@ -21,8 +21,8 @@ from mindspeed_lora.errors import UsageError
 QWEN3_FLAGS: dict[str, list[str]] = json.loads((ROOT / "tests" / "fixtures" / "qwen3_flags.json").read_text())
 SHARED_FLAGS = ROOT.parent / "shared" / "design" / "flags" / "qwen3_flags.json"
 
-# Raw data and packing inside training: the two scripts that do it are told to preprocess first.
-REFUSED_IN_TRAINING = {"--handler-name", "--pack", "--neat-pack", "--reset-attention-mask"}
+# Raw data inside training: the two scripts that do it are told to preprocess first.
+REFUSED_IN_TRAINING = {"--handler-name"}
 
 # What MindSpeed-LLM's Qwen3-8B scripts pass (folders are made by the fixture).
 MODEL = """--use-mcore-models --spec mindspeed_llm.tasks.models.spec.qwen3_spec layer_spec --qk-layernorm --num-layers 36 --hidden-size 4096
@@ -51,7 +51,7 @@ LINES = {
         --enable-thinking true --no-pad-to-seq-lengths --lora-r 8 --lora-alpha 16 --lora-fusion --lora-target-modules linear_qkv linear_proj
         --recompute-granularity full --recompute-method block --recompute-num-layers 18 --data-path ./out/alpaca --split 100,0,0
         --log-interval 1 --save-interval 2000 --eval-interval 2000 --eval-iters 0 --save ./ckpt --log-throughput --distributed-backend nccl
-        --enable-hf2mg-convert --model-type-hf qwen3 --workers 4""",
+        --enable-hf2mg-convert --model-type-hf qwen3 --workers 4 --pack --neat-pack --reset-attention-mask --reset-position-ids""",
     INFER: f"{MODEL} --max-new-tokens 256 --expert-model-parallel-size 1",
     EVALUATE: f"{MODEL} --task-data-path ./mmlu/test --task mmlu --max-new-tokens 1 --no-chat-template --no-load-optim --no-load-rng "
     "--norm-topk-prob --use-flash-attn --expert-model-parallel-size 1",

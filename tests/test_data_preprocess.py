@@ -70,7 +70,8 @@ def test_ids_labels_mask_and_manifest(tokenizer_dir: Path, tmp_path: Path) -> No
         "handler": "AlpacaStyleInstructionHandler",
         "map_keys": None,
         "seq_length": None,
-        "append_eod": False, "packing": None
+        "append_eod": False,
+        "packing": None,
     }
     assert manifest.counts["tokens"] == report.num_tokens == len(dataset[0][0])
     assert len(manifest.parts) == 6

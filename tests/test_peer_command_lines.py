@@ -86,7 +86,7 @@ VALUES = {
     "--target-pipeline-parallel-size": "2",
 }
 # The peer's two raw-data scripts only; refused with the step that does it here, or in need of two stages.
-LEFT_OUT = {"--pack", "--neat-pack", "--reset-attention-mask", "--handler-name", "--num-layers-per-virtual-pipeline-stage"}
+LEFT_OUT = {"--pack", "--neat-pack", "--handler-name", "--num-layers-per-virtual-pipeline-stage"}
 
 
 def words(command: str, without: set[str] = frozenset(), **changes: str) -> list[str]:  # type: ignore[assignment]

@@ -131,6 +131,8 @@ def _check_rope_scaling(values: Values, sources: Sources) -> None:
 def _check_training(values: Values, sources: Sources) -> list[str]:
     _check_schedule(values)
     _check_recompute(values)
+    if values.get("data.neat_pack") and not values.get("data.reset_attention_mask"):
+        raise UsageError("--neat-pack numbers the records of a pack for --reset-attention-mask; add --reset-attention-mask")
     if values.pop("per_token_loss", False) and values.get("loss_normalization") == "micro-batch":
         raise UsageError("--calculate-per-token-loss and --loss-normalization micro-batch contradict each other; keep one of them")
     sources.pop("per_token_loss", None)

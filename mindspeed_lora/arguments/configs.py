@@ -103,6 +103,9 @@ class DataFlags:
     pad_to_seq_length: bool = True  # False with --no-pad-to-seq-lengths
     pad_to_multiple_of: int = 8  # tokens
     shuffle: bool = True
+    reset_attention_mask: bool = False  # the documents of a sample do not see each other
+    pack: bool = False
+    neat_pack: bool = False  # with segment numbers, which reset_attention_mask reads
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,11 @@ TRAINING = [
     *accepted("enable-hf2mg-convert", T, "--load takes Hugging Face folders directly"),
     *accepted("num-workers", T, "each rank reads its rows from a memory map, which needs no further processes", COUNT_OR_ZERO),
     *accepted("workers", T, "preprocess_data.py prepares the data", COUNT),
+    *accepted(
+        "reset-position-ids",
+        T,
+        "rotary embeddings are relative: within a document nothing changes, and --reset-attention-mask keeps documents apart",
+    ),
     *accepted("initial-loss-scale", RUNS, "bf16 and fp32 need no loss scale", NUMBER),
     *accepted("no-check-for-nan-in-loss-and-grad", T, "a loss that is not finite always ends the run"),
     *accepted("padded-samples", T, "epochs follow each other without a gap, so no batch is short"),

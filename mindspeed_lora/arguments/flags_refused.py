@@ -12,9 +12,6 @@ LATENT = "multi-head latent attention (DeepSeek) comes with a later release; Qwe
 MTP = "multi-token prediction comes with a later release; leave it out"
 FAMILY = "the families that need it (Gemma, GLM, MiniCPM, Phi and others) come with a later release; Qwen3 dense and Llama work"
 LINEAR_ATTENTION = "linear attention (Qwen3-Next, Mamba) is not supported; Qwen3 dense and Llama work"
-PACKING = (
-    "packing several records into one sample comes with a later release; leave it out and pass --no-pad-to-seq-lengths to save padding"
-)
 PAIRS = "preference data and DPO come with a later release; use --stage sft and instruction data"
 PLACEMENT = "uneven and empty layers come with a later release; use a pipeline size that divides the number of layers"
 CHAT = "--task chat comes with a later release, and this flag with it"
@@ -80,8 +77,6 @@ FAMILY_FLAGS = [
 ]
 
 DATA_FLAGS = [
-    *refused("pack neat-pack", (TRAIN,), PACKING),
-    *refused("reset-attention-mask reset-position-ids", (TRAIN,), PACKING),
     *refused(
         "handler-name",
         (TRAIN,),

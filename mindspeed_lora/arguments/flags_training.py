@@ -26,6 +26,25 @@ DATA = [
         required=True,
     ),
     active("--split", T, "data", "shares of training, validation and test", SPLIT, "data.split", default_text="969,30,1"),
+    active(
+        "--reset-attention-mask",
+        T,
+        "data",
+        "the documents of a sample do not see each other: the records of a pack made with --neat-pack, else what ends in an eos token",
+        None,
+        "data.reset_attention_mask",
+    ),
+    active(
+        "--pack", T, "data", "several records share a sample of --seq-length tokens; of prepared data, it must be so", None, "data.pack"
+    ),
+    active(
+        "--neat-pack",
+        T,
+        "data",
+        "with numbered records, so that --reset-attention-mask keeps them apart; of prepared data, it must be so",
+        None,
+        "data.neat_pack",
+    ),
     active("--no-shuffle", T, "data", "take the records in their own order", None, "data.shuffle", const=False),
 ]
 

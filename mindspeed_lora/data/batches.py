@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mindspeed_lora.data.sft_dataset import IGNORED, SFTDataset
+from mindspeed_lora.data.packing import IGNORED
+from mindspeed_lora.data.sft_dataset import DocumentRule, SFTDataset
 from mindspeed_lora.errors import UsageError
 
 _NO_SAMPLE = -1  # stands in sample_ids for a row that only fills up the last evaluation batch
@@ -40,6 +41,8 @@ class StepBatch:
     sample_ids: tuple[int, ...]  # of the global batch: numbers in the dataset, -1 for rows that only fill up
     skipped_samples: int  # of the global batch: samples without a trained token
     cut_samples: int  # of the global batch: samples longer than seq_length, cut at the right
+    num_documents: int  # of the global batch: texts that see only themselves; without --reset-attention-mask the samples
+    document_ends: torch.Tensor | None = None  # [G / D, n] int32: ends of each row's documents, the last one s, repeated as needed
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class BatchShape:
     """How many rows a rank takes, and how far they are padded.
 
     ``pad_multiple``: the padded length is rounded up to it (lcm of --pad-to-multiple-of and TP), unless padded to ``seq_length``.
+    ``documents``: where the documents of a sample end; None: a sample is one document.
     """
 
     micro_batch_size: int
@@ -57,6 +61,7 @@ class BatchShape:
     pad_to_seq_length: bool
     pad_multiple: int
     pad_token_id: int
+    documents: DocumentRule | None = None
 
     def __post_init__(self) -> None:
         rows = self.micro_batch_size * self.dp_size
@@ -101,13 +106,14 @@ class StepBatches:
         pad_token_id: int,
         start_sample: int = 0,
         prefetch: bool = True,
+        documents: DocumentRule | None = None,
     ) -> None:
         if not len(indices):
             raise UsageError("--split leaves no sample for training; use --split 100,0,0 or give more data")
         self.dataset = dataset
         self.order = SampleOrder(indices, seed, shuffle)
         self.shape = BatchShape(
-            micro_batch_size, global_batch_size, dp_rank, dp_size, seq_length, pad_to_seq_length, pad_multiple, pad_token_id
+            micro_batch_size, global_batch_size, dp_rank, dp_size, seq_length, pad_to_seq_length, pad_multiple, pad_token_id, documents
         )
         self.next_sample = start_sample
         self.prefetch = prefetch
@@ -199,11 +205,16 @@ class SampleOrder:
 
 
 def make_batch(dataset: SFTDataset, samples: npt.NDArray[np.int64], shape: BatchShape) -> StepBatch:
-    """The rows of this rank in the global batch ``samples`` [G] (-1: a row to be ignored)."""
+    """The rows of this rank in the global batch ``samples`` [G] (-1: a row to be ignored).
+
+    With documents, the first token of one is no target: the token before it belongs to another one.
+    """
     real = samples >= 0
     full_lengths = np.where(real, dataset.lengths[samples], 0)
     lengths = np.minimum(full_lengths, shape.seq_length)
-    trained = np.array([_num_trained(dataset, sample, length) for sample, length in zip(samples, lengths, strict=True)], np.int64)
+    ends = [_document_ends(dataset, int(sample), int(length), shape.documents) for sample, length in zip(samples, lengths, strict=True)]
+    targets = [_targets(dataset, int(sample), int(length), end) for sample, length, end in zip(samples, lengths, ends, strict=True)]
+    trained = np.array([np.count_nonzero(target != IGNORED) for target in targets], np.int64)
     rows = shape.rows()
     columns = shape.padded_length(max(int(lengths.max()), 1))
     input_ids = np.full((len(rows), columns), shape.pad_token_id, np.int64)
@@ -212,18 +223,41 @@ def make_batch(dataset: SFTDataset, samples: npt.NDArray[np.int64], shape: Batch
         sample, length = int(samples[number]), int(lengths[number])
         if sample >= 0:
             input_ids[row, :length] = dataset.input_ids[sample][:length]
-            labels[row, : max(length - 1, 0)] = dataset.labels[sample][1:length]
+            labels[row, : max(length - 1, 0)] = targets[number]
     return StepBatch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         num_trained_tokens=int(trained.sum()),
         micro_batch_trained_tokens=tuple(int(count) for count in trained[rows].reshape(-1, shape.micro_batch_size).sum(1)),
-        num_real_tokens=int(lengths.sum()),
+        num_real_tokens=sum(int(end[-1]) for end in ends if len(end)),
         sample_ids=tuple(int(sample) for sample in samples),
         skipped_samples=int((real & (trained == 0)).sum()),
         cut_samples=int((full_lengths > shape.seq_length).sum()),
+        num_documents=sum(len(end) for end in ends),
+        document_ends=None if shape.documents is None else _ends_tensor([ends[number] for number in rows], columns),
     )
 
 
-def _num_trained(dataset: SFTDataset, sample: int, length: int) -> int:
-    return int(np.count_nonzero(dataset.labels[sample][1:length] != IGNORED)) if sample >= 0 else 0
+def _document_ends(dataset: SFTDataset, sample: int, length: int, documents: DocumentRule | None) -> npt.NDArray[np.int32]:
+    """Ends of a sample's documents, padding left out; empty for a row that only fills up."""
+    if sample < 0 or not length:
+        return np.empty(0, np.int32)
+    return np.array([length], np.int32) if documents is None else documents.ends(dataset, sample, length)
+
+
+def _targets(dataset: SFTDataset, sample: int, length: int, ends: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """``[length - 1]``: the trained id that follows each position in its document, -100 elsewhere."""
+    if sample < 0:
+        return np.empty(0, np.int32)
+    targets = dataset.labels[sample][1:length].astype(np.int32)
+    targets[ends[ends < length] - 1] = IGNORED
+    return targets
+
+
+def _ends_tensor(ends: Sequence[npt.NDArray[np.int32]], columns: int) -> torch.Tensor:
+    """int32 ``[rows, n]``: ``ends`` and then ``columns``, the end of the padding, until all rows are as long."""
+    table = np.full((len(ends), max(len(row) for row in ends) + 1), columns, np.int32)
+    for number, row in enumerate(ends):
+        table[number, : len(row)] = row
+    last = int((table != columns).sum(1).max(initial=0)) + 1
+    return torch.from_numpy(table[:, :last].copy())

@@ -83,12 +83,17 @@ def ends_of_segments(segments: Ids) -> npt.NDArray[np.int32]:
     return np.append(np.flatnonzero(np.diff(segments)) + 1, len(segments)).astype(np.int32)
 
 
+def without_padding(ids: Ids, labels: Ids, pad_token_id: int) -> int:
+    """Length of a sample without the untrained pad tokens at its end."""
+    meant = np.flatnonzero((ids != pad_token_id) | (labels != IGNORED))
+    return int(meant[-1]) + 1 if len(meant) else 0
+
+
 def ends_after_token(ids: Ids, labels: Ids, eos_token_id: int | None, pad_token_id: int) -> npt.NDArray[np.int32]:
     """Cumulative ends of what ends in an eos token, int32; the last one is ``len(ids)``. Padding at the end is one document.
 
     The peer's rule for packs without segment numbers: an eos token inside a record ends a document as well.
     """
-    meant = np.flatnonzero((ids != pad_token_id) | (labels != IGNORED))
-    tail = int(meant[-1]) + 1 if len(meant) else 0
+    tail = without_padding(ids, labels, pad_token_id)
     ends = np.flatnonzero(ids[:tail] == eos_token_id) + 1 if eos_token_id is not None else np.empty(0, np.int64)
     return np.unique(np.concatenate([ends, [tail] if tail else [], [len(ids)]])).astype(np.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from mindspeed_lora.arguments.configs import TemplateFlags
 from mindspeed_lora.data.indexed_dataset import IndexedDataset, bin_path, idx_path
-from mindspeed_lora.data.packing import IGNORED
+from mindspeed_lora.data.packing import IGNORED, ends_after_token, ends_of_segments, without_padding
 from mindspeed_lora.data.templates import load_template
 from mindspeed_lora.data.tokenizer import tokenizer_fingerprint
 from mindspeed_lora.errors import DataError, UsageError
@@ -51,12 +52,16 @@ class SFTDataset:
     """Samples in the order of the records; ``[i]`` gives (input_ids, labels), int64 ``[length]``, labels not shifted.
 
     ``lengths`` int32 ``[len(self)]``: tokens of each sample. ``manifest``: of the data, None for data of other programs.
+    ``attention_mask[i]``: ones, or after --neat-pack the number of the record in its sample (from 1, padding 0).
     """
 
-    def __init__(self, prefix: Path, input_ids: IndexedDataset, labels: IndexedDataset, manifest: Manifest | None) -> None:
+    def __init__(
+        self, prefix: Path, input_ids: IndexedDataset, labels: IndexedDataset, attention_mask: IndexedDataset, manifest: Manifest | None
+    ) -> None:
         self.prefix = prefix
         self.input_ids = input_ids
         self.labels = labels
+        self.attention_mask = attention_mask
         self.manifest = manifest
         self.lengths = input_ids.lengths
 
@@ -65,6 +70,16 @@ class SFTDataset:
 
     def __getitem__(self, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         return self.input_ids[index].astype(np.int64), self.labels[index].astype(np.int64)
+
+    @property
+    def packing(self) -> str | None:
+        """How the manifest says that records share a sample: :data:`PACK`, :data:`NEAT_PACK`, or None (not, or not known)."""
+        return (self.manifest.data or {}).get("packing") if self.manifest is not None else None
+
+    def has_segments(self) -> bool:
+        """Whether the attention mask numbers records (some value is not 1). Reads it until the first such value."""
+        values = self.attention_mask.ids
+        return any(bool((values[start : start + _SCAN_TOKENS] != 1).any()) for start in range(0, len(values), _SCAN_TOKENS))
 
     def check_token_ids(self, vocab_size: int) -> None:
         """Read all ids once and compare them with the vocabulary.
@@ -111,7 +126,31 @@ def open_sft_dataset(data_path: str | Path) -> SFTDataset:
             )
     if not len(ids):
         raise DataError(f"{idx_path(ids.stem)}: the dataset is empty; see the report of preprocess_data.py for what was dropped")
-    return SFTDataset(prefix, ids, parts["labels"], read_manifest(prefix.parent, manifest_name(prefix)))
+    return SFTDataset(prefix, ids, parts["labels"], parts["attention_mask"], read_manifest(prefix.parent, manifest_name(prefix)))
+
+
+@dataclass(frozen=True)
+class DocumentRule:
+    """Where the documents of a sample end (--reset-attention-mask).
+
+    ``by_segments``: where the number in the attention mask changes; else after each eos token, as the peer does.
+    """
+
+    by_segments: bool
+    eos_token_id: int | None
+    pad_token_id: int
+
+    def ends(self, dataset: SFTDataset, sample: int, length: int) -> npt.NDArray[np.int32]:
+        """Cumulative ends of the documents in the first ``length`` tokens of a sample, padding left out, so that the last
+        one is the number of tokens that mean something (empty: none does).
+        """
+        ids, labels = dataset.input_ids[sample][:length], dataset.labels[sample][:length]
+        if self.by_segments:
+            segments = dataset.attention_mask[sample][:length]
+            ends = ends_of_segments(segments)
+            return ends[:-1] if segments[-1] == 0 else ends
+        ends = ends_after_token(ids, labels, self.eos_token_id, self.pad_token_id)
+        return ends[ends <= without_padding(ids, labels, self.pad_token_id)]
 
 
 def check_data_manifest(manifest: Manifest | None, tokenizer: PreTrainedTokenizerBase, flags: TemplateFlags) -> None:

@@ -41,7 +41,7 @@ class Interval:
     losses: list[float] = field(default_factory=list)
     skipped: int = 0
     tokens: int = 0
-    samples: int = 0
+    documents: int = 0
 
 
 @dataclass
@@ -152,7 +152,8 @@ class Trainer:
         parts.gradients.zero()
         weights = row_weights(batch, self.config.micro_batch_size, self.context.dp_size, self.config.loss_normalization)
         ids, labels, weights = batch.input_ids.to(device), batch.labels.to(device), weights.to(device)
-        loss = self._shared(parts.runner.forward_backward(ids, labels, weights, self.config.micro_batch_size))
+        size = self.config.micro_batch_size
+        loss = self._shared(parts.runner.forward_backward(ids, labels, weights, size, document_ends=batch.document_ends))
         if not self._lora_checked and loss > 0:
             check_lora_gradients(parts.gradients, self.context)
             self._lora_checked = True
@@ -174,25 +175,24 @@ class Trainer:
         return float(all_reduce(total, self.context.dp_group))
 
     def _count(self, interval: Interval, batch: StepBatch, result: StepResult) -> None:
-        samples = sum(1 for sample in batch.sample_ids if sample >= 0)
         interval.iterations += 1
         interval.tokens += batch.num_real_tokens
-        interval.samples += samples
+        interval.documents += batch.num_documents
         if result.loss is None:
             interval.skipped += 1
             get_logger().warning(f"iteration {self.state.iteration}: no trained token in the whole global batch; skipped")
         else:
             interval.losses.append(result.loss)
         self.totals.tokens += batch.num_real_tokens
-        self.totals.flops += self.parts.flops.total(batch.num_real_tokens, samples)
+        self.totals.flops += self.parts.flops.total(batch.num_real_tokens, batch.num_documents)
         self.totals.iterations += 1
 
     def _log(self, interval: Interval, result: StepResult) -> None:
         synchronize(self.context.device)
         seconds = time.perf_counter() - interval.started
         self.totals.seconds += seconds
-        flops = self.parts.flops.total(interval.tokens, interval.samples)
-        share = self.parts.flops.core_attention(interval.tokens, interval.samples) / flops if flops else 0.0
+        flops = self.parts.flops.total(interval.tokens, interval.documents)
+        share = self.parts.flops.core_attention(interval.tokens, interval.documents) / flops if flops else 0.0
         report = IterationReport(
             iteration=self.state.iteration,
             train_iters=self.config.train_iters,
@@ -230,6 +230,7 @@ class Trainer:
         for batch in batches:
             ones = torch.ones(batch.input_ids.shape[0], dtype=torch.float32, device=device)
             ids, labels = batch.input_ids.to(device), batch.labels.to(device)
-            total += self._shared(self.parts.runner.evaluate(ids, labels, ones, self.config.micro_batch_size))
+            size = self.config.micro_batch_size
+            total += self._shared(self.parts.runner.evaluate(ids, labels, ones, size, document_ends=batch.document_ends))
             tokens += batch.num_trained_tokens
         return total / max(tokens, 1)

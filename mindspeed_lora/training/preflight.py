@@ -13,10 +13,11 @@ from mindspeed_lora.arguments.configs import TrainConfig
 from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, resolve_model_config
 from mindspeed_lora.checkpoint.resume import TrainerState, read_trainer_state
 from mindspeed_lora.checkpoint.start import StartPoint, check_save_folder, find_start
-from mindspeed_lora.data.sft_dataset import SFTDataset, check_data_manifest, open_sft_dataset, split_ranges
+from mindspeed_lora.data.sft_dataset import DocumentRule, SFTDataset, check_data_manifest, open_sft_dataset, split_ranges
 from mindspeed_lora.data.tokenizer import load_tokenizer, pad_token_id
 from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.parallel.context import data_parallel_size
+from mindspeed_lora.training.documents import document_rule
 from mindspeed_lora.training.schedule import LearningRateSchedule, build_schedule
 from mindspeed_lora.weights.config import Layout, ModelConfig
 from mindspeed_lora.weights.lora_spec import LoraSpec
@@ -27,7 +28,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """A run that passed all checks. ``splits``: sample numbers of train, validation, test; ``pad_multiple`` in tokens."""
+    """A run that passed all checks. ``splits``: sample numbers of train, validation, test; ``pad_multiple`` in tokens;
+    ``documents``: where the documents of a sample end, None where a sample is one.
+    """
 
     config: TrainConfig
     start: StartPoint
@@ -40,6 +43,7 @@ class TrainingPlan:
     splits: tuple[range, range, range]
     tokenizer_dir: Path | None
     pad_token_id: int
+    documents: DocumentRule | None
     pad_multiple: int
     dp_size: int
     global_batch_size: int
@@ -88,6 +92,7 @@ def plan_training(config: TrainConfig, world_size: int) -> TrainingPlan:
         splits=splits,
         tokenizer_dir=config.tokenizer.name_or_path or start.base.config_dir,
         pad_token_id=pad_token_id(tokenizer),
+        documents=document_rule(config.data, dataset, tokenizer, notes),
         pad_multiple=_pad_multiple(config, model, notes),
         dp_size=dp_size,
         global_batch_size=global_batch_size,

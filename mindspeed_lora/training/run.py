@@ -145,6 +145,7 @@ def training_batches(plan: TrainingPlan, context: ParallelContext) -> StepBatche
         plan.pad_multiple,
         plan.pad_token_id,
         start_sample=plan.state.consumed_samples,
+        documents=plan.documents,
     )
 
 
@@ -161,6 +162,7 @@ def _validation_batches(plan: TrainingPlan, context: ParallelContext) -> EvalBat
         data.pad_to_seq_length,
         plan.pad_multiple,
         plan.pad_token_id,
+        plan.documents,
     )
     return EvalBatches(plan.dataset, plan.splits[1], shape, plan.config.eval_iters)
 
