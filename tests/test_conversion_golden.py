@@ -9,7 +9,6 @@ import sys
 import zipfile
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,34 +17,52 @@ from helpers import golden, shared_data, tiny_llama, tiny_qwen3
 from safetensors.torch import load_file
 
 from mindspeed_lora.arguments.configs import LORA_TARGETS, LoraFlags
+from mindspeed_lora.arguments.parser import parse
+from mindspeed_lora.arguments.v2 import v2_arguments
 from mindspeed_lora.conversion.megatron_to_hf import write_hugging_face
+from mindspeed_lora.conversion.run import convert
 from mindspeed_lora.manifest import read_manifest, verify_parts
 from mindspeed_lora.weights.sources import open_adapter, open_base
 from mindspeed_lora.weights.table import WeightTable
 from mindspeed_lora.weights.torch_files import load_torch_file
 
-CASES: dict[str, dict[str, Any]] = {
-    "v1_qwen3_tp2pp2": dict(tp=2, pp=2, model_type_hf="qwen3"),
-    "v1_llama3_tp2pp2": dict(tp=2, pp=2, model_type_hf="llama2"),
-    "v1_qwen3_tp2pp1": dict(tp=2, pp=1, model_type_hf="qwen3"),
-    "v1_qwen3_tp2pp2_vpp1": dict(tp=2, pp=2, model_type_hf="qwen3", layers_per_virtual_stage=1),
-    "v1_qwen25tied_tp2pp2": dict(tp=2, pp=2, model_type_hf="llama2", add_qkv_bias=True),
-    "v1_qwen25tied_tp2pp1_vocabpad128": dict(tp=2, pp=1, model_type_hf="llama2", add_qkv_bias=True, make_vocab_size_divisible_by=128),
-}
+CASES = (
+    "v1_qwen3_tp2pp2",
+    "v1_llama3_tp2pp2",
+    "v1_qwen3_tp2pp1",
+    "v1_qwen3_tp2pp2_vpp1",
+    "v1_qwen3_tp1pp2_list13",
+    "v1_qwen25tied_tp2pp2",
+    "v1_qwen25tied_tp2pp1_vocabpad128",
+    "v1_qwen3moe_tp2pp1ep2_gemm",
+    "v1_mixtral_tp2pp1ep2",
+)
+V2_CASES = ("v2_qwen3_tp2pp2", "v2_deepseek3_tp1pp1")
 # Values of args where the peer stores its own defaults, or what is of no meaning here.
 OTHER_ARGS = {"rotary_base", "attention_dropout", "hidden_dropout", "tokenizer_type", "make_vocab_size_divisible_by"}
 
 
-def convert_case(case: str, target: Path) -> Path:
-    options = dict(CASES[case])
-    sizes = dict(target_tensor_parallel_size=options.pop("tp"), target_pipeline_parallel_size=options.pop("pp"))
-    run_convert("hf", "mg", golden() / case / "input/hf", target, params_dtype="bf16", **sizes, **options)
-    return target
+def run_command(line: str, case: str, output: Path) -> None:
+    """Run a line of a case's cmd.txt; its output/ lies below ``output``."""
+    _, program, *words = line.split()
+    names = {"input": golden() / case / "input", "output": output}
+    argv = [str(names[word.split("/")[0]] / word.partition("/")[2]) if word.startswith(("input/", "output/")) else word for word in words]
+    config, _ = parse("convert_ckpt.py", v2_arguments(argv) if program == "convert_ckpt_v2.py" else argv)
+    convert(config)
+
+
+def commands(case: str) -> list[str]:
+    return [line for line in (golden() / case / "cmd.txt").read_text().splitlines() if line.startswith("python ")]
+
+
+def convert_case(case: str, output: Path) -> Path:
+    run_command(commands(case)[0], case, output)
+    return output / "mg"
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_hf_to_megatron_writes_what_the_peer_writes(case: str, tmp_path: Path) -> None:
-    ours, theirs = convert_case(case, tmp_path / "mg"), golden() / case / "output/mg"
+    ours, theirs = convert_case(case, tmp_path), golden() / case / "output/mg"
     files = sorted(path.relative_to(theirs) for path in theirs.rglob("*.pt"))
     assert files == sorted(path.relative_to(ours) for path in ours.rglob("*.pt"))
     assert (ours / "latest_checkpointed_iteration.txt").read_bytes() == (theirs / "latest_checkpointed_iteration.txt").read_bytes()
@@ -67,7 +84,7 @@ def test_hf_to_megatron_writes_what_the_peer_writes(case: str, tmp_path: Path) -
         assert type(torch.load(ours / file, weights_only=False)["args"]).__name__ == "Namespace"
 
 
-@pytest.mark.parametrize("case", [*CASES, "v1_qwen3_tp1pp2_list13"])
+@pytest.mark.parametrize("case", [*CASES, *V2_CASES])
 def test_megatron_to_hf_gives_back_the_model(case: str, tmp_path: Path) -> None:
     source = golden() / case / "input/hf"
     run_convert("mg", "hf", golden() / case / "output/mg", tmp_path / "hf", hf_cfg_dir=source)
@@ -75,10 +92,25 @@ def test_megatron_to_hf_gives_back_the_model(case: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "hf/config.json").read_text()) == json.loads((source / "config.json").read_text())
 
 
+@pytest.mark.parametrize("case", V2_CASES)
+def test_the_v2_converter_s_commands_write_the_same_tensors_and_give_the_model_back(case: str, tmp_path: Path) -> None:
+    for line in commands(case):
+        run_command(line, case, tmp_path)
+    theirs = golden() / case / "output/mg"
+    files = sorted(path.relative_to(theirs) for path in theirs.rglob("*.pt"))
+    assert files == sorted(path.relative_to(tmp_path / "mg") for path in (tmp_path / "mg").rglob("*.pt"))
+    for file in files:
+        found, expected = (load_torch_file(folder / file)["model"] for folder in (tmp_path / "mg", theirs))
+        assert {name for name, value in found.items() if value is not None} == set(expected)
+        for name, tensor in expected.items():
+            assert tensor.dtype == found[name].dtype and torch.equal(found[name], tensor), name
+    assert_same_tensors(tmp_path / "hf_back", golden() / case / "input/hf")
+
+
 def test_unzip_finds_no_error(tmp_path: Path) -> None:
     if shutil.which("unzip") is None:
         pytest.skip("no unzip on this machine")
-    for file in convert_case("v1_qwen3_tp2pp2", tmp_path / "mg").rglob("*.pt"):
+    for file in convert_case("v1_qwen3_tp2pp2", tmp_path).rglob("*.pt"):
         assert subprocess.run(["unzip", "-tq", str(file)], capture_output=True, check=False).returncode == 0
 
 

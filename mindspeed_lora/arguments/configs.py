@@ -248,6 +248,13 @@ class ConvertConfig:
     target_tensor_parallel_size: int = 1
     target_pipeline_parallel_size: int = 1
     layers_per_virtual_stage: int | None = None
+    num_layer_list: tuple[int, ...] | None = None  # layers of each stage
+    noop_layers: tuple[int, ...] | None = None  # empty slots, in the numbering that counts them
+    target_expert_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None  # None: the tensor parallel size
+    moe_grouped_gemm: bool = False
+    moe_tp_extend_ep: bool = False
+    first_k_dense_replace: int | None = None  # compared with config.json
     params_dtype: str | None = None  # "bf16" | "fp16" | "fp32"; None: kept
     make_vocab_size_divisible_by: int = 1
     lora_load: Path | None = None

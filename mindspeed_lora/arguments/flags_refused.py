@@ -23,14 +23,16 @@ EXPERT_FLAGS = [
         "moe-layer-freq "
         "moe-aux-loss-coeff moe-router-num-groups moe-router-group-topk moe-router-topk-scaling-factor moe-router-score-function "
         "moe-router-dtype "
-        "moe-input-jitter-eps moe-shared-expert-intermediate-size moe-zero-memory n-shared-experts first-k-dense-replace num-zero-experts",
+        "moe-input-jitter-eps moe-shared-expert-intermediate-size moe-zero-memory n-shared-experts num-zero-experts",
         MODELS,
         EXPERTS,
         TEXT,
     ),
+    *refused("first-k-dense-replace", RUNS, EXPERTS, TEXT),
+    *refused("moe-grouped-gemm moe-tp-extend-ep", RUNS, EXPERTS),
     *refused(
-        "moe-grouped-gemm moe-permutation-async-comm moe-alltoall-overlap-comm moe-permute-fusion moe-router-enable-expert-bias "
-        "moe-tp-extend-ep moe-fb-overlap "
+        "moe-permutation-async-comm moe-alltoall-overlap-comm moe-permute-fusion moe-router-enable-expert-bias "
+        "moe-fb-overlap "
         "moe-router-pre-softmax seq-aux router-gating-in-fp32 topk-softmax-in-fp32 shared-expert-gate "
         "use-fused-moe-token-permute-and-unpermute",
         MODELS,
@@ -46,7 +48,8 @@ LATENT_FLAGS = [
         MODELS,
         LATENT,
     ),
-    *refused("mtp-num-layers mtp-loss-scaling-factor", MODELS, MTP, TEXT),
+    *refused("mtp-num-layers", RUNS, MTP, TEXT),
+    *refused("mtp-loss-scaling-factor", MODELS, MTP, TEXT),
     *refused("mtp-mem-efficient-logits", MODELS, MTP),
 ]
 
@@ -90,7 +93,7 @@ DATA_FLAGS = [
 
 RUN_FLAGS = [
     *refused("fp16", RUNS, LATER_FP16),
-    *refused("num-layer-list noop-layers", MODELS, PLACEMENT, TEXT),
+    *refused("num-layer-list noop-layers", RUNS, PLACEMENT, TEXT),
     *refused(
         "schedules-method", MODELS, "this pipeline schedule is not supported; leave it out: one-forward-one-backward, or interleaved", TEXT
     ),

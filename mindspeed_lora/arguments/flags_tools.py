@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mindspeed_lora.arguments.flag import CONVERT, PREPROCESS, Flag, accepted, active
-from mindspeed_lora.arguments.values import COUNT, JSON_OBJECT, PATH, TEXT, WHOLE
+from mindspeed_lora.arguments.values import COUNT, COUNT_OR_ZERO, COUNTS, JSON_OBJECT, NUMBERS, PATH, TEXT, WHOLE
 
 C, P = (CONVERT,), (PREPROCESS,)
 LATER_HANDLER = "this handler comes with a later release; use AlpacaStyleInstructionHandler or SharegptStyleInstructionHandler"
@@ -25,17 +25,14 @@ HANDLERS_NOT_YET = [
     "SharegptPretrainHandler",
     "StackOverflowPythonPretrainHandler",
 ]
-LATER_FAMILY = "this family comes with a later release; Qwen3 dense (qwen3) and Llama (llama2) work"
+LATER_FAMILY = "this family comes with a later release; qwen3, llama2, mixtral, qwen3-moe, qwen2-moe, deepseek2 and deepseek3 work"
 FAMILIES_NOT_YET = [
-    "qwen3-moe",
-    "deepseek3",
     "glm45-moe",
     "bailing_mini",
     "qwen3-next",
     "seed-oss",
     "baichuan",
     "baichuan2",
-    "mixtral",
     "chatglm3",
     "gemma",
     "gemma2",
@@ -43,13 +40,9 @@ FAMILIES_NOT_YET = [
     "bloom_3b",
     "qwen",
     "internlm2",
-    "deepseek2",
     "minicpm",
     "minicpm3",
     "minicpm-moe",
-    "deepseek2-lite",
-    "qwen2-moe",
-    "qwen25",
     "phi3.5",
     "phi3.5-moe",
     "hunyuan",
@@ -103,7 +96,21 @@ CONVERSION = [
         "family of the model",
         TEXT,
         "model_type_hf",
-        choices=("qwen3", "llama2", "llama3", "llama"),
+        choices=(
+            "qwen3",
+            "llama2",
+            "llama3",
+            "llama",
+            "qwen2",
+            "qwen25",
+            "mistral",
+            "mixtral",
+            "qwen2-moe",
+            "qwen3-moe",
+            "deepseek2",
+            "deepseek2-lite",
+            "deepseek3",
+        ),
         not_yet=dict.fromkeys(FAMILIES_NOT_YET, LATER_FAMILY),
         default_text="config.json",
     ),
@@ -136,6 +143,46 @@ CONVERSION = [
         unit="layers",
         default_text="off",
     ),
+    active(
+        "--num-layer-list",
+        C,
+        "layout",
+        "layers of each pipeline stage to write (mg), such as 1,3",
+        COUNTS,
+        "num_layer_list",
+        unit="layers",
+        default_text="equal shares",
+    ),
+    active(
+        "--noop-layers",
+        C,
+        "layout",
+        "slots to leave empty, numbered with the layers (mg); of a source that is mg they must be its own",
+        NUMBERS,
+        "noop_layers",
+        default_text="none",
+    ),
+    active("--target-expert-parallel-size", C, "layout", "expert-parallel size to write (mg)", COUNT, "target_expert_parallel_size"),
+    active(
+        "--expert-tensor-parallel-size",
+        C,
+        "layout",
+        "over how many tensor ranks each expert is cut (mg): 1 or the tensor-parallel size",
+        COUNT,
+        "expert_tensor_parallel_size",
+        default_text="the tensor-parallel size",
+    ),
+    active("--moe-grouped-gemm", C, "layout", "the experts of a rank in one tensor (mg)", None, "moe_grouped_gemm"),
+    active("--moe-tp-extend-ep", C, "layout", "deal experts out over tensor ranks too, uncut (mg)", None, "moe_tp_extend_ep"),
+    active(
+        "--first-k-dense-replace",
+        C,
+        "model",
+        "dense layers at the start; compared with config.json",
+        COUNT_OR_ZERO,
+        "first_k_dense_replace",
+        default_text="config.json",
+    ),
     active("--save-lora-to-hf", C, "lora", "write the adapter alone, in PEFT's format", None, "save_lora_to_hf"),
     active(
         "--params-dtype",
@@ -152,6 +199,14 @@ CONVERSION = [
     *accepted("spec", C, "the family comes from config.json", TEXT, many=True),
     *accepted("tokenizer-model", C, "the tokenizer's files travel with the checkpoint", TEXT),
     *accepted("hf-dir", C, "MindSpeed-LLM ignores it as well; --hf-cfg-dir is the folder of config.json", TEXT),
+    *accepted(
+        "mtp-num-layers",
+        C,
+        "there are none",
+        COUNT_OR_ZERO,
+        only=(0,),
+        otherwise="multi-token prediction comes with a later release; leave it out: those layers are then left out of the result",
+    ),
     *accepted("save-layer-by-layer", C, "weights are always streamed"),
     *accepted("load-checkpoint-loosely", C, "its extra-state keys are known here; every other key must be accounted for"),
     *accepted(

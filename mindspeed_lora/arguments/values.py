@@ -61,6 +61,13 @@ def _split(text: str) -> tuple[float, float, float]:
     return shares[0], shares[1], shares[2]
 
 
+def _numbers(minimum: int) -> Callable[[str], tuple[int, ...]]:
+    def parse(text: str) -> tuple[int, ...]:
+        return tuple(_whole_number(minimum)(part) for part in text.split(","))
+
+    return parse
+
+
 def _json_object(text: str) -> dict[str, object]:
     try:
         value = json.loads(text)
@@ -74,6 +81,8 @@ def _json_object(text: str) -> dict[str, object]:
 COUNT = ValueType("N", "a whole number of at least 1", _whole_number(1))
 COUNT_OR_ZERO = ValueType("N", "a whole number of at least 0", _whole_number(0))
 WHOLE = ValueType("N", "a whole number", _whole_number(-(2**63)))
+COUNTS = ValueType("N,N,..", "whole numbers of at least 1, with commas between them", _numbers(1))
+NUMBERS = ValueType("N,N,..", "whole numbers of at least 0, with commas between them", _numbers(0))
 POSITIVE = ValueType("X", "a number above 0", _number(lambda value: value > 0))
 NOT_NEGATIVE = ValueType("X", "a number of at least 0", _number(lambda value: value >= 0))
 NUMBER = ValueType("X", "a number", _number(lambda value: True))

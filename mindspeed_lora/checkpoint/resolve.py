@@ -7,7 +7,7 @@ from typing import Any
 
 from mindspeed_lora.arguments.configs import ArchitectureFlags, LoraFlags
 from mindspeed_lora.errors import CheckpointError, UsageError
-from mindspeed_lora.weights.config import ModelConfig
+from mindspeed_lora.weights.config import ModelConfig, check_can_run
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.sources import Adapter, Base
 
@@ -55,6 +55,7 @@ def resolve_model_config(base: Base, flags: ArchitectureFlags, tensor_parallel_s
         CheckpointError: nobody knows the sizes or the rotary base.
     """
     config = base.model_config
+    check_can_run(config, str(base.path))
     _check_architecture(config, flags, f"{base.path}")
     if config.rotary_base is None:
         if flags.rotary_base is None:

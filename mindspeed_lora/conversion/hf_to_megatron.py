@@ -15,6 +15,7 @@ from mindspeed_lora.files import atomic_file
 from mindspeed_lora.weights.config import Layout
 from mindspeed_lora.weights.megatron_files import (
     RANK_FILE_NAME,
+    GroupRow,
     checkpoint_content,
     chunk_keys,
     iteration_directory_name,
@@ -23,6 +24,7 @@ from mindspeed_lora.weights.megatron_files import (
     rank_directory_name,
     write_tracker,
 )
+from mindspeed_lora.weights.placement import expert_tensor_size, place_layers, stage_ranks
 from mindspeed_lora.weights.table import Row, WeightTable
 from mindspeed_lora.weights.torch_stream import TensorSpec, save_streamed
 
@@ -33,54 +35,72 @@ def write_megatron(folder: Path, stream: WeightStream, table: WeightTable, layou
     """Write every rank's file below ``folder``, and the tracker last. ``dtype`` is recorded in ``args``."""
     iteration_dir = folder / iteration_directory_name(CONVERTED_ITERATION)
     iteration_dir.mkdir()
-    stages = range(layout.pipeline_parallel_size)
-    keys = [key for stage in stages for chunk in _stage_chunks(table, layout, stage) for key in chunk]
-    total = layout.tensor_parallel_size * sum(row is not None for _, row, _ in keys)
+    stages, ranks = range(layout.pipeline_parallel_size), stage_ranks(layout)
+    keys = [key for stage in stages for chunk in _stage_chunks(table, layout, stage, ranks[0]) for key in chunk]
+    total = len(ranks) * sum(row is not None for _, row, _ in keys)
     with tqdm(total=total, desc="writing Megatron files", unit="tensor") as progress:
         for stage in stages:
-            for tp_rank in range(layout.tensor_parallel_size):
-                rank_dir = iteration_dir / rank_directory_name(tp_rank, stage, layout.pipeline_parallel_size)
-                rank_dir.mkdir()
-                with atomic_file(rank_dir / RANK_FILE_NAME) as temporary:
-                    _write_rank(temporary, stream, table, layout, (tp_rank, stage), dtype, progress.update)
+            for tp_rank, ep_rank in ranks:
+                name = rank_directory_name(tp_rank, stage, layout.pipeline_parallel_size, ep_rank, layout.expert_parallel_size)
+                (iteration_dir / name).mkdir()
+                with atomic_file(iteration_dir / name / RANK_FILE_NAME) as temporary:
+                    writer = _RankWriter(stream, table, layout, stage, (tp_rank, ep_rank))
+                    writer.write(temporary, dtype, progress.update)
     write_tracker(folder, CONVERTED_ITERATION)
 
 
-def _stage_chunks(table: WeightTable, layout: Layout, stage: int) -> list[list[tuple[str, Row | None, int | None]]]:
-    num_chunks = len(table.check_pipeline(layout.pipeline_parallel_size, layout.layers_per_virtual_stage)[stage])
-    return [chunk_keys(table, layout, stage, chunk) for chunk in range(num_chunks)]
+def _stage_chunks(table: WeightTable, layout: Layout, stage: int, rank: tuple[int, int]) -> list[list[tuple[str, Row | None, int | None]]]:
+    num_chunks = len(place_layers(table.config.num_layers, layout)[stage])
+    return [chunk_keys(table, layout, stage, chunk, rank) for chunk in range(num_chunks)]
 
 
-def _write_rank(
-    path: Path,
-    stream: WeightStream,
-    table: WeightTable,
-    layout: Layout,
-    rank: tuple[int, int],
-    dtype: torch.dtype,
-    progress: Callable[[int], Any],
-) -> None:
-    tp_rank, stage = rank
-    tp_size = layout.tensor_parallel_size
-    chunks = _stage_chunks(table, layout, stage)
-    order = [(row, layer) for keys in chunks for _, row, layer in keys if row is not None]
+class _RankWriter:
+    """Writes the file of one rank; ``rank``: tensor and expert rank."""
 
-    def spec(row: Row, layer: int | None) -> TensorSpec:
-        return TensorSpec(table.local_shape(row, tp_size), _fused_dtype(stream.part_dtypes(row, layer)))
+    def __init__(self, stream: WeightStream, table: WeightTable, layout: Layout, stage: int, rank: tuple[int, int]) -> None:
+        self.stream, self.table, self.layout = stream, table, layout
+        self.tp_rank = rank[0]
+        self.chunks = _stage_chunks(table, layout, stage, rank)
 
-    def build(placeholder: Callable[[TensorSpec], torch.Tensor]) -> dict[str, Any]:
-        models = {}
-        for chunk, keys in zip(model_keys(len(chunks)), chunks, strict=True):
-            models[chunk] = OrderedDict((name, None if row is None else placeholder(spec(row, layer))) for name, row, layer in keys)
-        return checkpoint_content(models, megatron_args(table.config, layout, dtype), CONVERTED_ITERATION)
+    def _cut(self, row: Row) -> tuple[int, int]:
+        """(rank, size) of the group over which a row is cut."""
+        if row.expert is not None and expert_tensor_size(self.layout) == 1:
+            return 0, 1
+        return self.tp_rank, self.layout.tensor_parallel_size
 
-    def read(index: int) -> torch.Tensor:
-        row, layer = order[index]
-        tensor = table.shard(row, stream.parts(row, layer), tp_rank, tp_size)
-        progress(1)
-        return tensor
+    def _spec(self, row: Row, layer: int | None) -> TensorSpec:
+        if isinstance(row, GroupRow):
+            dtypes = [dtype for member in row.members for dtype in self.stream.part_dtypes(member, layer)]
+            rows, columns = self.table.local_shape(row.members[0], self._cut(row.members[0])[1])
+            count = len(row.members)
+            shape = (columns, count * rows) if row.members[0].axis == 0 else (count * columns, rows)
+            return TensorSpec(shape, _fused_dtype(dtypes))
+        return TensorSpec(self.table.local_shape(row, self._cut(row)[1]), _fused_dtype(self.stream.part_dtypes(row, layer)))
 
-    save_streamed(path, build, read)
+    def _read(self, row: Row, layer: int | None) -> torch.Tensor:
+        if isinstance(row, GroupRow):
+            shape = self._spec(row, layer).shape
+            return torch.stack([self._read(member, layer).T for member in row.members]).view(shape)
+        return self.table.shard(row, self.stream.parts(row, layer), *self._cut(row))
+
+    def write(self, path: Path, dtype: torch.dtype, progress: Callable[[int], Any]) -> None:
+        """Stream the tensors into ``path``."""
+        order = [(row, layer) for keys in self.chunks for _, row, layer in keys if row is not None]
+
+        def build(placeholder: Callable[[TensorSpec], torch.Tensor]) -> dict[str, Any]:
+            models = {}
+            for chunk, keys in zip(model_keys(len(self.chunks)), self.chunks, strict=True):
+                models[chunk] = OrderedDict(
+                    (name, None if row is None else placeholder(self._spec(row, layer))) for name, row, layer in keys
+                )
+            return checkpoint_content(models, megatron_args(self.table.config, self.layout, dtype), CONVERTED_ITERATION)
+
+        def read(index: int) -> torch.Tensor:
+            tensor = self._read(*order[index])
+            progress(1)
+            return tensor
+
+        save_streamed(path, build, read)
 
 
 def _fused_dtype(dtypes: list[torch.dtype]) -> torch.dtype:

@@ -14,7 +14,8 @@ from mindspeed_lora.manifest import verify_parts
 from mindspeed_lora.weights.config import Layout, ModelConfig
 from mindspeed_lora.weights.families import check_model_type, model_config_from_hf
 from mindspeed_lora.weights.lora_spec import LoraSpec
-from mindspeed_lora.weights.sources import Adapter, Base, open_adapter, open_base
+from mindspeed_lora.weights.placement import check_experts, place_layers
+from mindspeed_lora.weights.sources import Adapter, Base, MegatronBase, open_adapter, open_base
 from mindspeed_lora.weights.table import WeightTable
 
 PARAMS_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -47,13 +48,14 @@ def check_flags(config: ConvertConfig) -> None:
     for flag, size in (
         ("--target-tensor-parallel-size", config.target_tensor_parallel_size),
         ("--target-pipeline-parallel-size", config.target_pipeline_parallel_size),
+        ("--target-expert-parallel-size", config.target_expert_parallel_size),
     ):
         if size < 1:
             raise UsageError(f"{flag} {size} must be at least 1")
         if config.save_model_type == "hf" and size != 1:
             raise UsageError(f"{flag} {size} with --save-model-type hf: a Hugging Face folder is not cut; leave the flag out or pass 1")
-    if config.save_model_type == "hf" and config.layers_per_virtual_stage:
-        raise UsageError("--num-layers-per-virtual-pipeline-stage with --save-model-type hf: a Hugging Face folder has no stages")
+    if config.save_model_type == "hf" and config.make_vocab_size_divisible_by != 1:
+        raise UsageError("--make-vocab-size-divisible-by with --save-model-type hf: padding is cut off there; leave the flag out")
     if config.params_dtype is not None and config.params_dtype not in PARAMS_DTYPES:
         raise UsageError(f"--params-dtype {config.params_dtype} is unknown; use {', '.join(PARAMS_DTYPES)}")
     if config.save_lora_to_hf and config.save_model_type != "hf":
@@ -75,16 +77,64 @@ def make_plan(config: ConvertConfig) -> Plan:
     check_model_type(config.model_type_hf, model)
     if config.add_qkv_bias and not model.qkv_bias:
         raise UsageError(f"--add-qkv-bias, but a {model.family} model has no qkv bias; leave the flag out")
-    layout = Layout(config.target_tensor_parallel_size, config.target_pipeline_parallel_size, config.layers_per_virtual_stage)
+    _check_dense_layers(config, model)
+    layout = target_layout(config) if config.save_model_type == "mg" else Layout()
     if config.save_model_type == "mg":
         model = model.with_padded_vocabulary(config.make_vocab_size_divisible_by, layout.tensor_parallel_size)
+    else:
+        _check_source_layout(config, base)
     table = WeightTable(model)
     table.check_tensor_parallel(layout.tensor_parallel_size)
-    table.check_pipeline(layout.pipeline_parallel_size, layout.layers_per_virtual_stage)
+    place_layers(model.num_layers, layout)
+    check_experts(model, layout)
     base.check_coverage(table)
     adapter, lora = find_adapter(config, base, table)
     dtype = PARAMS_DTYPES[config.params_dtype] if config.params_dtype else None
     return Plan(base, model, table, config_dir, layout, adapter, lora, dtype)
+
+
+def target_layout(config: ConvertConfig) -> Layout:
+    """The layout that the flags describe."""
+    return Layout(
+        tensor_parallel_size=config.target_tensor_parallel_size,
+        pipeline_parallel_size=config.target_pipeline_parallel_size,
+        layers_per_virtual_stage=config.layers_per_virtual_stage,
+        num_layer_list=config.num_layer_list,
+        noop_layers=config.noop_layers or (),
+        expert_parallel_size=config.target_expert_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
+        experts_over_tensor_ranks=config.moe_tp_extend_ep,
+        grouped_gemm=config.moe_grouped_gemm,
+    )
+
+
+def _check_source_layout(config: ConvertConfig, base: Base) -> None:
+    """Flags that describe a Megatron source (the peer's V2 converter asks for them again) must say what its files say.
+
+    Raises:
+        UsageError: they do not, or there is no Megatron source.
+    """
+    found: Layout | None = base.folder.layout if isinstance(base, MegatronBase) else None
+    grouped = isinstance(base, MegatronBase) and base.folder.grouped
+    said = (
+        ("--num-layers-per-virtual-pipeline-stage", config.layers_per_virtual_stage, None),
+        ("--num-layer-list", config.num_layer_list, None),
+        ("--noop-layers", config.noop_layers and tuple(sorted(config.noop_layers)), found and found.noop_layers),
+        ("--moe-grouped-gemm", config.moe_grouped_gemm, grouped),
+        ("--moe-tp-extend-ep", config.moe_tp_extend_ep, found and found.experts_over_tensor_ranks),
+    )
+    for flag, value, own in said:
+        if value and value != own:
+            raise UsageError(f"{flag} with --save-model-type hf: {base.path} is not laid out so, and what is written has no layout")
+
+
+def _check_dense_layers(config: ConvertConfig, model: ModelConfig) -> None:
+    """--first-k-dense-replace repeats what config.json says; Raises UsageError where it differs."""
+    if config.first_k_dense_replace is None:
+        return
+    first = next((layer for layer in range(model.num_layers) if model.has_experts(layer)), model.num_layers)
+    if config.first_k_dense_replace != first:
+        raise UsageError(f"--first-k-dense-replace {config.first_k_dense_replace}, but config.json makes the first {first} layers dense")
 
 
 def manifest_folder(base: Base) -> Path:

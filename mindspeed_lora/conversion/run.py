@@ -64,18 +64,13 @@ def _write_manifest(staging: Path, config: ConvertConfig, plan: Plan) -> str:
     written.check_coverage(plan.table)
     fingerprint = written.fingerprint(plan.table)
     files = sorted([*staging.glob("iter_*/*/*.pt"), *staging.glob("*.safetensors")])
-    layout = {
-        "tensor_parallel_size": plan.layout.tensor_parallel_size,
-        "pipeline_parallel_size": plan.layout.pipeline_parallel_size,
-        "layers_per_virtual_stage": plan.layout.layers_per_virtual_stage,
-    }
     base = None
     if plan.adapter is not None:
         base = {"path": str(plan.base.path.resolve()), "fingerprint": plan.base.fingerprint(), "adapter": str(plan.adapter.path.resolve())}
     manifest = Manifest(
         kind="base" if plan.adapter is None else "merged",
         model=asdict(plan.model),
-        layout=layout if config.save_model_type == "mg" else None,
+        layout=asdict(plan.layout) if config.save_model_type == "mg" else None,
         dtype=_name(written.dtype),
         lora=lora_entry(plan.lora) if plan.lora else None,
         base=base,
@@ -103,6 +98,10 @@ def _report(target: Path, plan: Plan, rounding: RoundingReport, copied: list[str
         if rounding.changes_nothing:
             logger.warning("%s changes nothing: every B A is zero; was it trained?", plan.adapter.path)
     logger.info("wrote %s: %d tensors, fingerprint %s", target, len(list(plan.table.entries())), fingerprint)
+    if plan.model.left_out_layers:
+        logger.warning(
+            "config.json names %d multi-token-prediction layers behind the model's own; they are not converted", plan.model.left_out_layers
+        )
     logger.info("copied from %s: %s", plan.config_dir, ", ".join(copied))
     if not any(name.startswith("tokenizer") for name in copied):
         logger.warning("%s has no tokenizer files, so none travel with %s", plan.config_dir, target)

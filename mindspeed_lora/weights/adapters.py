@@ -13,10 +13,10 @@ import torch
 
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.manifest import Manifest, read_manifest
-from mindspeed_lora.weights.families import ROWS
 from mindspeed_lora.weights.hf_files import read_safetensors_header
 from mindspeed_lora.weights.lora_spec import LoraSpec
-from mindspeed_lora.weights.megatron_folder import MegatronFolder
+from mindspeed_lora.weights.megatron_folder import MegatronFolder, Place
+from mindspeed_lora.weights.rows import ROWS
 from mindspeed_lora.weights.table import LORA_RANK, LoraRow, Row, WeightTable, adapter_rows, split_hf_layer, unshard
 
 LoraParts = tuple[torch.Tensor, list[torch.Tensor]]
@@ -76,15 +76,12 @@ def lora_spec_from_args(args: Any) -> LoraSpec | None:
     return LoraSpec(int(args.lora_r), float(args.lora_alpha), tuple(targets))
 
 
-def found_rank_and_targets(
-    path: Path, index: Mapping[str, list[tuple[int, int, str]]], folder: MegatronFolder
-) -> tuple[int, tuple[str, ...]]:
+def found_rank_and_targets(path: Path, index: Mapping[str, list[Place]], folder: MegatronFolder) -> tuple[int, tuple[str, ...]]:
     """r and target modules as the LoRA tensors of a Megatron folder show them."""
     ranks, targets = set(), set()
     for name, places in index.items():
         if name.endswith(".lora_A.default.weight"):
-            stage, chunk, raw = places[0]
-            ranks.add(folder.file(0, stage).tensor(chunk, raw).shape[0])
+            ranks.add(folder.shards(places[0])[0].shape[0])
             targets.add(name.split(".")[-4])
     if not targets:
         raise CheckpointError(f"{path}: holds no LoRA tensors (names with .lora_A.default.weight)")
@@ -93,9 +90,7 @@ def found_rank_and_targets(
     return ranks.pop(), _ordered(targets)
 
 
-def lora_spec_of(
-    path: Path, index: Mapping[str, list[tuple[int, int, str]]], folder: MegatronFolder, manifest: Manifest | None
-) -> LoraSpec | None:
+def lora_spec_of(path: Path, index: Mapping[str, list[Place]], folder: MegatronFolder, manifest: Manifest | None) -> LoraSpec | None:
     """r, alpha, targets from the manifest or the args, checked against the tensors.
 
     Raises:

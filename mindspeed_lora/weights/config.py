@@ -10,6 +10,34 @@ from mindspeed_lora.errors import UsageError
 
 
 @dataclass(frozen=True)
+class ExpertShape:
+    """The mixture of experts in a model's MLPs; every layer has one except ``dense_layers``."""
+
+    count: int  # routed experts
+    ffn_hidden_size: int  # of one routed expert (moe_intermediate_size)
+    shared_ffn_hidden_size: int = 0  # of all shared experts together; 0: there are none
+    shared_gate: bool = False  # a gate scales the shared expert
+    router_bias: bool = False  # e_score_correction_bias
+    dense_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """Multi-head latent attention: queries, keys and values come from low-rank latents."""
+
+    q_rank: int | None  # q_lora_rank; None: queries come straight from the hidden state
+    kv_rank: int  # kv_lora_rank
+    nope_head_dim: int  # qk_nope_head_dim
+    rope_head_dim: int  # qk_rope_head_dim
+    value_head_dim: int  # v_head_dim
+
+    @property
+    def query_head_dim(self) -> int:
+        """Size of one query head."""
+        return self.nope_head_dim + self.rope_head_dim
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only model in Megatron's words; Hugging Face's word beside each where it differs.
 
@@ -35,6 +63,13 @@ class ModelConfig:
     tied_embeddings: bool = False  # tie_word_embeddings
     max_position_embeddings: int | None = None
     dtype: str = "bfloat16"  # of the source's weights: "float32", "bfloat16", "float16"
+    experts: ExpertShape | None = None
+    latent: LatentShape | None = None
+    left_out_layers: int = 0  # multi-token-prediction layers that follow the model's own in the files, and are not converted
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the MLP of a layer is a mixture of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     def with_padded_vocabulary(self, divisor: int, tensor_parallel_size: int) -> ModelConfig:
         """The same model with ``padded_vocab_size`` the next multiple of ``divisor * tensor_parallel_size``.
@@ -48,13 +83,36 @@ class ModelConfig:
         return replace(self, padded_vocab_size=-(-self.vocab_size // multiple) * multiple)
 
 
+def check_can_run(config: ModelConfig, source: str) -> None:
+    """Whether the model can be trained and asked here, not only converted.
+
+    Raises:
+        UsageError: it has experts or latent attention.
+    """
+    kinds = [word for word, has in (("experts", config.experts), ("latent attention", config.latent)) if has]
+    if kinds:
+        raise UsageError(
+            f"--load {source}: a {config.family} model has {' and '.join(kinds)}; such models can be converted here, "
+            "but not yet be trained, asked or scored: load a dense model (Qwen3, Qwen2, Llama or Mistral)"
+        )
+
+
 @dataclass(frozen=True)
 class Layout:
-    """How a checkpoint's tensors are cut over files. ``layers_per_virtual_stage`` None: one model chunk per stage."""
+    """How a checkpoint's tensors are cut over files. ``layers_per_virtual_stage`` None: one model chunk per stage.
+
+    ``expert_tensor_parallel_size`` None: as large as the tensor parallel size.
+    """
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     layers_per_virtual_stage: int | None = None
+    num_layer_list: tuple[int, ...] | None = None  # layers of each stage
+    noop_layers: tuple[int, ...] = ()  # empty slots, in the numbering that counts them
+    expert_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    experts_over_tensor_ranks: bool = False  # --moe-tp-extend-ep: experts are dealt out over tensor ranks too, uncut
+    grouped_gemm: bool = False  # the experts of a rank lie in one transposed tensor
 
 
 def stage_layers(num_layers: int, pipeline_parallel_size: int, layers_per_virtual_stage: int | None = None) -> list[list[range]]:

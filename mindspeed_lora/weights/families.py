@@ -1,9 +1,4 @@
-"""Model families as data: which ``config.json`` fields they read, and which rows the weight table gets.
-
-Every row is written here and nowhere else. Letters of ``dims``: h hidden, f ffn hidden, q = heads x head dim,
-k = query groups x head dim, d head dim, v vocabulary.
-Sources: the peer's converters (formats.md 1.4) and transformers' ``modeling_{qwen2,qwen3,llama,mistral}.py``.
-"""
+"""Model families as data: what their ``config.json`` says about a model. The tensors they have are in ``rows.py``."""
 
 from __future__ import annotations
 
@@ -15,7 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from mindspeed_lora.errors import CheckpointError, UsageError
-from mindspeed_lora.weights.config import ModelConfig
+from mindspeed_lora.weights.config import ExpertShape, ModelConfig
+from mindspeed_lora.weights.families_moe import deepseek_experts, latent_shape, mixtral_experts, qwen_experts
+from mindspeed_lora.weights.placement import noop_numbers
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,6 +27,8 @@ class Family:
     qkv_bias: bool = False
     default_rotary_base: float = 10000.0  # of the transformers config class, where config.json does not say
     default_kv_channels: int | None = None  # likewise; None: hidden size / heads
+    experts: Callable[[Mapping[str, Any]], ExpertShape | None] | None = None  # reads a config.json; None: a dense family
+    latent: bool = False  # multi-head latent attention
 
 
 FAMILIES = {
@@ -39,110 +38,13 @@ FAMILIES = {
         Family("llama", ("llama2", "llama", "llama3")),
         Family("qwen2", ("llama2", "qwen2", "qwen25"), qkv_bias=True),
         Family("mistral", ("llama2", "mistral")),
+        Family("mixtral", ("mixtral",), experts=mixtral_experts),
+        Family("qwen2_moe", ("qwen2-moe",), qkv_bias=True, experts=qwen_experts),
+        Family("qwen3_moe", ("qwen3-moe",), qk_layernorm=True, default_kv_channels=128, experts=qwen_experts),
+        Family("deepseek_v2", ("deepseek2", "deepseek2-lite"), experts=deepseek_experts, latent=True),
+        Family("deepseek_v3", ("deepseek3",), experts=deepseek_experts, latent=True),
     )
 }
-
-
-@dataclass(frozen=True)
-class RowSpec:
-    """One Megatron tensor before a model's sizes are known; fields as in :class:`mindspeed_lora.weights.table.Row`."""
-
-    megatron: str
-    hf: tuple[str, ...]
-    dims: tuple[str, ...]  # of each HF part, e.g. "qh" = [q, h]
-    axis: int | None = None
-    unit: str = "whole"
-    place: str = "layer"
-    grad_sum: str = "never"
-    module: str | None = None
-    padded: bool = False
-    linear: bool = False  # the peer stores a None under <prefix>._extra_state beside it
-    when: Callable[[ModelConfig], bool] = lambda config: True
-    alias_of: str | None = None
-
-
-_LAYER, _HF = "decoder.layers.{layer}.", "model.layers.{layer}."
-_QKV = tuple(f"{_HF}self_attn.{name}_proj." for name in "qkv")
-_EMBEDDING = "embedding.word_embeddings.weight"
-
-ROWS = (
-    RowSpec(_EMBEDDING, ("model.embed_tokens.weight",), ("vh",), axis=0, place="embedding", padded=True),
-    RowSpec(_LAYER + "input_layernorm.weight", (_HF + "input_layernorm.weight",), ("h",), grad_sum="sp"),
-    RowSpec(
-        _LAYER + "self_attention.linear_proj.weight", (_HF + "self_attn.o_proj.weight",), ("hq",), axis=1, module="linear_proj", linear=True
-    ),
-    RowSpec(
-        _LAYER + "self_attention.linear_qkv.weight",
-        tuple(name + "weight" for name in _QKV),
-        ("qh", "kh", "kh"),
-        axis=0,
-        unit="group",
-        module="linear_qkv",
-        linear=True,
-    ),
-    RowSpec(
-        _LAYER + "self_attention.linear_qkv.bias",
-        tuple(name + "bias" for name in _QKV),
-        ("q", "k", "k"),
-        axis=0,
-        unit="group",
-        linear=True,
-        when=lambda config: config.qkv_bias,
-    ),
-    RowSpec(
-        _LAYER + "self_attention.q_layernorm.weight",
-        (_HF + "self_attn.q_norm.weight",),
-        ("d",),
-        grad_sum="always",
-        when=lambda config: config.qk_layernorm,
-    ),
-    RowSpec(
-        _LAYER + "self_attention.k_layernorm.weight",
-        (_HF + "self_attn.k_norm.weight",),
-        ("d",),
-        grad_sum="always",
-        when=lambda config: config.qk_layernorm,
-    ),
-    RowSpec(_LAYER + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), ("h",), grad_sum="sp"),
-    RowSpec(
-        _LAYER + "mlp.linear_fc1.weight",
-        (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
-        ("fh", "fh"),
-        axis=0,
-        unit="rank",
-        module="linear_fc1",
-        linear=True,
-    ),
-    RowSpec(_LAYER + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), ("hf",), axis=1, module="linear_fc2", linear=True),
-    RowSpec("decoder.final_layernorm.weight", ("model.norm.weight",), ("h",), place="head", grad_sum="sp"),
-    RowSpec(
-        "output_layer.weight",
-        ("lm_head.weight",),
-        ("vh",),
-        axis=0,
-        place="head",
-        padded=True,
-        linear=True,
-        when=lambda config: not config.tied_embeddings,
-    ),
-    RowSpec(
-        "output_layer.weight",
-        ("model.embed_tokens.weight",),
-        ("vh",),
-        axis=0,
-        place="head",
-        padded=True,
-        linear=True,
-        when=lambda config: config.tied_embeddings,
-        alias_of=_EMBEDDING,
-    ),
-)
-
-# Keys that both sides may carry and that hold no weight: (end of the name, why it is dropped).
-DROPPED = (
-    ("._extra_state", "state of transformer-engine's FP8 scaling, None or empty in these models"),
-    (".rotary_emb.inv_freq", "computed from the rotary base"),
-)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -180,8 +82,9 @@ def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json
     _refuse_unsupported(values, source)
     heads = _integer(values, "num_attention_heads", source)
     hidden = _integer(values, "hidden_size", source)
-    kv_channels = values.get("head_dim") or family.default_kv_channels or hidden // heads
-    groups = values.get("num_key_value_heads") or heads
+    latent = latent_shape(values) if family.latent else None
+    kv_channels = latent.query_head_dim if latent else values.get("head_dim") or family.default_kv_channels or hidden // heads
+    groups = heads if latent else values.get("num_key_value_heads") or heads
     if heads % groups:
         raise CheckpointError(f"{source}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
     rotary_base, rope_scaling = _rope(values, family, source)
@@ -201,11 +104,21 @@ def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json
         rotary_base=rotary_base,
         rope_scaling=rope_scaling,
         qk_layernorm=family.qk_layernorm,
-        qkv_bias=family.qkv_bias,
+        qkv_bias=bool(values.get("qkv_bias", True)) and family.qkv_bias,
         tied_embeddings=bool(values.get("tie_word_embeddings", False)),
         max_position_embeddings=values.get("max_position_embeddings"),
         dtype=dtype if dtype in DTYPES else "float32",
+        experts=_experts(values, family, source),
+        latent=latent,
+        left_out_layers=int(values.get("num_nextn_predict_layers") or 0),
     )
+
+
+def _experts(values: Mapping[str, Any], family: Family, source: str) -> ExpertShape | None:
+    try:
+        return family.experts(values) if family.experts else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: a {family.name} model needs {error} there, as a whole number") from error
 
 
 def _integer(values: Mapping[str, Any], key: str, source: str) -> int:
@@ -273,7 +186,12 @@ def model_config_from_megatron_args(args: SimpleNamespace, source: str = "args")
                 return int(values[name])
         raise CheckpointError(f"{source}: the stored args have no {names[0]}; put the model's config.json beside the checkpoint")
 
+    if values.get("num_experts") or values.get("multi_latent_attention"):
+        raise CheckpointError(
+            f"{source}: the stored args describe a model with experts or latent attention only in part; put its config.json there"
+        )
     heads, hidden = size("num_attention_heads"), size("hidden_size")
+    noops = len(noop_numbers(values.get("noop_layers")))
     grouped = values.get("group_query_attention") or "num_key_value_heads" in values
     padded = size("padded_vocab_size", "vocab_size")
     qk_layernorm, qkv_bias = bool(values.get("qk_layernorm")), bool(values.get("add_qkv_bias"))
@@ -282,7 +200,7 @@ def model_config_from_megatron_args(args: SimpleNamespace, source: str = "args")
         family="qwen3" if qk_layernorm else "qwen2" if qkv_bias else "llama",
         hidden_size=hidden,
         ffn_hidden_size=size("ffn_hidden_size", "intermediate_size"),
-        num_layers=size("num_layers"),
+        num_layers=size("num_layers") - noops,
         num_attention_heads=heads,
         num_query_groups=size("num_key_value_heads", "num_query_groups") if grouped else heads,
         kv_channels=int(values.get("kv_channels") or values.get("head_dim") or hidden // heads),

@@ -110,7 +110,7 @@ def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> torch
     reach = 0 if 0 in sizes else offset + 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
     if offset < 0 or min([0, *sizes, *strides]) < 0 or reach * storage.dtype.itemsize > storage.data.nbytes():
         raise pickle.UnpicklingError(f"a tensor of {sizes} reaches beyond its storage of {storage.data.nbytes()} bytes")
-    return torch.empty(0, dtype=storage.dtype).set_(storage.data, offset, sizes, strides)  # type: ignore[call-overload, no-any-return]
+    return torch.empty(0, dtype=storage.dtype).set_(storage.data, offset, sizes, strides)
 
 
 def _parameter(data: Any, *_: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from mindspeed_lora.files import atomic_file, write_text
 from mindspeed_lora.weights.config import Layout, ModelConfig
 from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.placement import expert_tensor_size, experts_of, place_layers
 from mindspeed_lora.weights.table import Row, WeightTable
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
@@ -25,9 +27,10 @@ def iteration_directory_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
-def rank_directory_name(tp_rank: int, pp_rank: int, pp_size: int) -> str:
-    """``mp_rank_00``, or ``mp_rank_00_000`` where there is more than one stage."""
-    return f"mp_rank_{tp_rank:02d}" if pp_size == 1 else f"mp_rank_{tp_rank:02d}_{pp_rank:03d}"
+def rank_directory_name(tp_rank: int, pp_rank: int, pp_size: int, ep_rank: int = 0, ep_size: int = 1) -> str:
+    """``mp_rank_TT[_PPP][_EEE]``: the stage where there is more than one, the expert rank where there is more than one."""
+    stage = f"_{pp_rank:03d}" if pp_size > 1 else ""
+    return f"mp_rank_{tp_rank:02d}{stage}" + (f"_{ep_rank:03d}" if ep_size > 1 else "")
 
 
 def model_keys(num_chunks: int) -> list[str]:
@@ -40,30 +43,75 @@ def write_tracker(folder: Path, iteration: int) -> None:
     write_text(Path(folder) / TRACKER_NAME, str(iteration))
 
 
-def chunk_rows(table: WeightTable, layout: Layout, stage: int, chunk: int) -> Iterator[tuple[str, Row, int | None]]:
-    """(name inside the file, row, global layer) of every tensor of one model chunk, in the peer's order.
+@dataclass(frozen=True)
+class GroupRow(Row):
+    """A grouped-gemm tensor of a file: the shards of ``members``, transposed, side by side.
+
+    ``experts.weight1`` is a view ``[h, experts * 2f]`` of ``[experts, h, 2f]``, ``experts.weight2`` a view ``[experts * f, h]`` of
+    ``[experts, f, h]``.
+    """
+
+    members: tuple[Row, ...] = ()
+
+
+def _group_rows(table: WeightTable, experts: range) -> list[GroupRow]:
+    groups = []
+    for end, name in (("linear_fc1.weight", "weight1"), ("linear_fc2.weight", "weight2")):
+        members = tuple(row for row in table.rows if row.expert is not None and row.expert in experts and row.megatron.endswith(end))
+        first = members[0]
+        stem = first.megatron.partition("local_experts.")[0]
+        hf = tuple(part for row in members for part in row.hf)
+        groups.append(GroupRow(stem + name, hf, (), first.axis, "whole", "layer", "never", layers=first.layers, members=members))
+    return groups
+
+
+def _layer_rows(table: WeightTable, layout: Layout, experts: range) -> list[tuple[str, Row]]:
+    """(name with ``{layer}`` and the expert's local number, row) of one layer's tensors on one rank."""
+    rows: list[tuple[str, Row]] = []
+    for row in table.rows:
+        if row.place != "layer":
+            continue
+        if row.expert is None:
+            rows.append((row.megatron, row))
+        elif row.expert in experts:
+            if not layout.grouped_gemm:
+                local = row.expert - experts.start
+                rows.append((row.megatron.replace(f"local_experts.{row.expert}.", f"local_experts.{local}."), row))
+            elif row.expert == experts.start and row.megatron.endswith("fc1.weight"):
+                rows += [(group.megatron, group) for group in _group_rows(table, experts)]
+    return rows
+
+
+def chunk_rows(
+    table: WeightTable, layout: Layout, stage: int, chunk: int, rank: tuple[int, int] = (0, 0)
+) -> Iterator[tuple[str, Row, int | None]]:
+    """(name inside the file, row, global layer) of every tensor of one model chunk, in the peer's order; ``rank``: tensor, expert.
 
     The copy of a tied embedding is there only where the last stage is not the first one.
     """
-    stages = table.check_pipeline(layout.pipeline_parallel_size, layout.layers_per_virtual_stage)
+    stages = place_layers(table.config.num_layers, layout)
     first = stage == 0 and chunk == 0
     last = stage == len(stages) - 1 and chunk == len(stages[stage]) - 1
     if first:
         yield from ((row.megatron, row, None) for row in table.rows if row.place == "embedding")
-    for local, layer in enumerate(stages[stage][chunk]):
-        yield from ((row.name(local), row, layer) for row in table.rows if row.place == "layer")
+    count = table.config.experts.count if table.config.experts else 0
+    rows = _layer_rows(table, layout, experts_of(layout, *rank, count))
+    for local, layer in stages[stage][chunk]:
+        yield from ((name.format(layer=local), row, layer) for name, row in rows if row.exists(layer))
     if last:
         alone = len(stages) * len(stages[0]) == 1 or layout.pipeline_parallel_size == 1
         yield from ((row.megatron, row, None) for row in table.rows if row.place == "head" and not (row.alias_of and alone))
 
 
-def chunk_keys(table: WeightTable, layout: Layout, stage: int, chunk: int) -> list[tuple[str, Row | None, int | None]]:
+def chunk_keys(
+    table: WeightTable, layout: Layout, stage: int, chunk: int, rank: tuple[int, int] = (0, 0)
+) -> list[tuple[str, Row | None, int | None]]:
     """:func:`chunk_rows` and, with row None, the keys that the peer stores with the value None.
 
     Those are ``<linear>._extra_state``, after the last tensor of each linear; the head has one even where it is tied away.
     """
     keys: list[tuple[str, Row | None, int | None]] = []
-    rows = list(chunk_rows(table, layout, stage, chunk))
+    rows = list(chunk_rows(table, layout, stage, chunk, rank))
     for index, (name, row, layer) in enumerate(rows):
         keys.append((name, row, layer))
         prefix = name.rpartition(".")[0]
@@ -81,10 +129,11 @@ def megatron_args(
 ) -> argparse.Namespace:
     """The ``args`` that Megatron's ``check_checkpoint_args`` and ``--use-checkpoint-args`` read: plain values only."""
     stages = layout.pipeline_parallel_size
-    chunks = config.num_layers // stages // (layout.layers_per_virtual_stage or config.num_layers // stages)
+    slots = config.num_layers + len(layout.noop_layers)
+    chunks = slots // stages // (layout.layers_per_virtual_stage or slots // stages)
     shape = dict(
-        num_layers=config.num_layers,
-        encoder_num_layers=config.num_layers,
+        num_layers=slots,
+        encoder_num_layers=slots,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -114,7 +163,7 @@ def megatron_args(
         untie_embeddings_and_output_weights=not config.tied_embeddings,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        num_experts=None,
+        **_expert_args(config),
         tokenizer_type="PretrainedFromHF",
         transformer_impl="local",
         use_mcore_models=True,
@@ -125,7 +174,12 @@ def megatron_args(
         transformer_pipeline_model_parallel_size=stages,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         num_layers_per_virtual_pipeline_stage=layout.layers_per_virtual_stage,
-        expert_model_parallel_size=1,
+        num_layer_list=_joined(layout.num_layer_list),
+        noop_layers=_joined(layout.noop_layers),
+        expert_model_parallel_size=layout.expert_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_size(layout),
+        moe_grouped_gemm=layout.grouped_gemm,
+        moe_tp_extend_ep=layout.experts_over_tensor_ranks,
         context_parallel_size=1,
         data_parallel_random_init=False,
         world_size=layout.tensor_parallel_size * stages,
@@ -143,6 +197,33 @@ def megatron_args(
         lora_alpha=lora.alpha if lora else 32,
     )
     return argparse.Namespace(**shape, **run)
+
+
+def _joined(numbers: tuple[int, ...] | None) -> str | None:
+    return ",".join(map(str, numbers)) if numbers else None
+
+
+def _expert_args(config: ModelConfig) -> dict[str, Any]:
+    """The sizes of experts and latent attention, in Megatron's words."""
+    experts, latent = config.experts, config.latent
+    values: dict[str, Any] = {"num_experts": None}
+    if experts is not None:
+        values = dict(
+            num_experts=experts.count,
+            moe_ffn_hidden_size=experts.ffn_hidden_size,
+            moe_shared_expert_intermediate_size=experts.shared_ffn_hidden_size or None,
+            moe_router_enable_expert_bias=experts.router_bias,
+        )
+    if latent is not None:
+        values |= dict(
+            multi_latent_attention=True,
+            q_lora_rank=latent.q_rank,
+            kv_lora_rank=latent.kv_rank,
+            qk_head_dim=latent.nope_head_dim,
+            qk_pos_emb_head_dim=latent.rope_head_dim,
+            v_head_dim=latent.value_head_dim,
+        )
+    return values
 
 
 def checkpoint_content(

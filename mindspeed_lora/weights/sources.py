@@ -181,8 +181,7 @@ class MegatronBase(Base):
             raise CheckpointError(
                 f"{path}: holds LoRA tensors only, no base model; give the base with --load-dir (--load) and this folder with --lora-load"
             )
-        stage, chunk, name = self._index[base_names[0]][0]
-        self.dtype = self.folder.file(0, stage).tensor(chunk, name).dtype
+        self.dtype = self.folder.shards(self._index[base_names[0]][0])[0].dtype
         self.lora = lora_spec_of(self.path, self._index, self.folder, self.manifest) if len(base_names) < len(self._index) else None
 
     @property

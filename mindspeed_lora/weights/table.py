@@ -18,7 +18,7 @@ import torch
 
 from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.weights.config import ModelConfig, stage_layers
-from mindspeed_lora.weights.families import DROPPED, ROWS, RowSpec
+from mindspeed_lora.weights.rows import DROPPED, ROWS, RowSpec, sizes
 
 LORA_RANK = -1  # stands for r in the part shapes of adapter rows
 _LAYER_NUMBER = re.compile(r"^(decoder\.layers\.)(\d+)(\..*)$")
@@ -46,6 +46,12 @@ class Row:
     linear: bool = False
     alias_of: str | None = None  # Megatron name of the tensor that this one is a copy of
     groups: int = 1  # query groups of the model
+    layers: frozenset[int] | None = None  # that have this tensor; None: all
+    expert: int | None = None  # global number of the routed expert that it belongs to
+
+    def exists(self, layer: int | None) -> bool:
+        """Whether a layer has this tensor."""
+        return self.layers is None or layer in self.layers
 
     def units(self, tp_size: int) -> int:
         """Number of equal blocks that each part is cut into when parts are fused."""
@@ -68,20 +74,20 @@ class LoraRow(Row):
     matrix: str = ""
 
 
-def _resolve(spec: RowSpec, config: ModelConfig) -> Row:
-    sizes = {
-        "h": config.hidden_size,
-        "f": config.ffn_hidden_size,
-        "q": config.num_attention_heads * config.kv_channels,
-        "k": config.num_query_groups * config.kv_channels,
-        "d": config.kv_channels,
-        "v": config.vocab_size,
-    }
-    shapes = tuple(tuple(sizes[letter] for letter in dims) for dims in spec.dims)
+def _resolve(spec: RowSpec, config: ModelConfig, expert: int | None = None) -> Row:
+    size = sizes(config)
+    kinds = {"dense": False, "experts": True}
+    layers = None
+    if config.experts is not None and spec.layers in kinds:
+        layers = frozenset(layer for layer in range(config.num_layers) if config.has_experts(layer) == kinds[spec.layers])
+
+    def filled(name: str) -> str:
+        return name if expert is None else name.replace("{expert}", str(expert))
+
     return Row(
-        spec.megatron,
-        spec.hf,
-        shapes,
+        filled(spec.megatron),
+        tuple(filled(name) for name in spec.hf),
+        tuple(tuple(size[letter] for letter in dims) for dims in spec.dims),
         spec.axis,
         spec.unit,
         spec.place,
@@ -91,11 +97,26 @@ def _resolve(spec: RowSpec, config: ModelConfig) -> Row:
         spec.linear,
         spec.alias_of,
         config.num_query_groups,
+        layers,
+        expert,
     )
 
 
+def _resolve_all(config: ModelConfig) -> list[Row]:
+    """The model's rows in the order of the peer's files: experts one after the other, each with both its linears."""
+    present = [spec for spec in ROWS if spec.when(config) and (spec.layers != "experts" or config.experts is not None)]
+    routed = [spec for spec in present if "{expert}" in spec.megatron]
+    rows: list[Row] = []
+    for spec in present:
+        if spec not in routed:
+            rows.append(_resolve(spec, config))
+        elif spec is routed[0] and config.experts is not None:
+            rows += [_resolve(each, config, expert) for expert in range(config.experts.count) for each in routed]
+    return rows
+
+
 def adapter_rows(base: Row) -> tuple[LoraRow, LoraRow]:
-    """Column-parallel base: A whole, B cut like the base. Row-parallel base: A cut, B whole."""
+    """Column-parallel base: A whole, B cut like the base. Row-parallel base: A cut, B whole. Replicated base: both whole."""
     stem = base.megatron.removesuffix("weight")
     a_shape = ((LORA_RANK, base.part_shapes[0][1]),)
     b_shapes = tuple((shape[0], LORA_RANK) for shape in base.part_shapes)
@@ -108,12 +129,14 @@ def adapter_rows(base: Row) -> tuple[LoraRow, LoraRow]:
         f"{stem}lora_A.default.weight",
         peft_names("A"),
         a_shape,
-        None if column else 1,
+        1 if base.axis == 1 else None,
         "whole",
         base.place,
         "always" if column else "never",
         base.module,
         groups=base.groups,
+        layers=base.layers,
+        expert=base.expert,
         base=base,
         matrix="A",
     )
@@ -127,6 +150,8 @@ def adapter_rows(base: Row) -> tuple[LoraRow, LoraRow]:
         "never" if column else "sp",
         base.module,
         groups=base.groups,
+        layers=base.layers,
+        expert=base.expert,
         base=base,
         matrix="B",
     )
@@ -179,7 +204,7 @@ class WeightTable:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        present = [_resolve(spec, config) for spec in ROWS if spec.when(config)]
+        present = _resolve_all(config)
         self.rows = tuple(present)
         self._by_name = {row.megatron: row for row in present}
         self._lora = {adapter.megatron: adapter for row in present if row.module for adapter in adapter_rows(row)}
@@ -192,7 +217,7 @@ class WeightTable:
         """
         template, layer = _split_layer(name.replace(".base_layer.", "."), _LAYER_NUMBER)
         row = self._by_name.get(template)
-        if row is None or (layer is not None and layer >= self.config.num_layers):
+        if row is None or (layer is not None and layer >= self.config.num_layers) or not row.exists(layer):
             raise CheckpointError(f"{name}: a {self.config.family} model of {self.config.num_layers} layers has no tensor of this name")
         return row, layer
 
@@ -204,7 +229,7 @@ class WeightTable:
         """Adapter row and global layer of a name such as ``...linear_fc1.lora_A.default.weight``; Raises as :meth:`parse`."""
         template, layer = _split_layer(name, _LAYER_NUMBER)
         row = self._lora.get(template)
-        if row is None or (layer is not None and layer >= self.config.num_layers):
+        if row is None or (layer is not None and layer >= self.config.num_layers) or not row.exists(layer):
             raise CheckpointError(
                 f"{name}: a {self.config.family} model of {self.config.num_layers} layers has no adapter tensor of this name"
             )
@@ -237,7 +262,7 @@ class WeightTable:
         """Every tensor of the model once (aliases left out): embedding, layers in order, head."""
         own = [row for row in self.rows if row.alias_of is None]
         yield from ((row, None) for row in own if row.place == "embedding")
-        yield from ((row, layer) for layer in range(self.config.num_layers) for row in own if row.place == "layer")
+        yield from ((row, layer) for layer in range(self.config.num_layers) for row in own if row.place == "layer" and row.exists(layer))
         yield from ((row, None) for row in own if row.place == "head")
 
     def target_entries(self, targets: Sequence[str]) -> list[tuple[Row, int | None]]:
@@ -248,10 +273,13 @@ class WeightTable:
         """HF name -> shape of every tensor that a Hugging Face folder must hold."""
         return {name: shape for row, layer in self.entries() for name, shape in zip(row.hf_names(layer), row.part_shapes, strict=True)}
 
-    @staticmethod
-    def is_dropped(name: str) -> bool:
-        """Whether a key is known to hold no weight."""
-        return name.endswith(tuple(suffix for suffix, _ in DROPPED))
+    def is_dropped(self, name: str) -> bool:
+        """Whether a key is known to hold no weight, or belongs to a layer that is left out (multi-token prediction)."""
+        if name.endswith(tuple(suffix for suffix, _ in DROPPED)):
+            return True
+        _, layer = split_hf_layer(name)
+        own = self.config.num_layers
+        return layer is not None and own <= layer < own + self.config.left_out_layers
 
     def shape(self, row: Row, r: int | None = None) -> tuple[int, ...]:
         """Shape of the whole Megatron tensor; ``r`` is needed for adapter rows."""
@@ -334,6 +362,8 @@ class WeightTable:
         header = ("Megatron", "Hugging Face", "shape", "axis", "unit", "place", "grad_sum", "LoRA")
         lines = [header]
         for row in self.rows:
+            if row.expert:  # the first expert stands for all
+                continue
             names = ", ".join(name.split("{layer}.")[-1] for name in row.hf) + (" (copy)" if row.alias_of else "")
             shape = "x".join(str(size) for size in self.shape(row))
             lines.append((row.megatron, names, shape, str(row.axis), row.unit, row.place, row.grad_sum, row.module or "-"))
