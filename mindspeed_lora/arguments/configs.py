@@ -263,3 +263,12 @@ class ConvertConfig:
     hf_cfg_dir: Path | None = None  # where config and tokenizer lie, when not in load_dir or save_dir
     add_qkv_bias: bool | None = None
     verify: bool = False
+    dry_run: bool = False  # say what would be written, write nothing
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """``convert_ckpt.py --inspect``."""
+
+    folder: Path
+    verify: bool = False  # compare the checksums of its manifest

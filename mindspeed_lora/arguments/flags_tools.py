@@ -90,6 +90,23 @@ CONVERSION = [
     ),
     active("--verify", C, "files", "check the checksum of every file read", None, "verify"),
     active(
+        "--dry-run",
+        C,
+        "files",
+        "check everything and say what would be written, how large it is, and how much memory it takes; write nothing",
+        None,
+        "dry_run",
+    ),
+    active(
+        "--inspect",
+        C,
+        "files",
+        "say what this folder is (format, family, layout, dtype, adapter, sizes) and print its weight table; alone, or with --verify",
+        PATH,
+        "inspect",
+        must_exist="folder",
+    ),
+    active(
         "--model-type-hf",
         C,
         "model",

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from mindspeed_lora import __version__
 from mindspeed_lora.arguments.checks import check_paths, check_values
+from mindspeed_lora.arguments.configs import InspectConfig
 from mindspeed_lora.arguments.flag import ACCEPTED, ACTIVE, GROUPS, REFUSED, RUNS, Flag
 from mindspeed_lora.arguments.help_texts import DESCRIPTIONS, EXAMPLES, GROUP_NOTES, USAGES
 from mindspeed_lora.arguments.registry import CONFIGS, build_config, config_paths, explain_unknown, flags_of
@@ -200,10 +201,24 @@ def _check_required(command: str, given: Given) -> None:
         raise UsageError(f"{command} needs {shown}")
 
 
+def _inspection(given: Given) -> InspectConfig:
+    """``--inspect`` needs nothing else, and takes only ``--verify`` beside it.
+
+    Raises:
+        UsageError: another flag is there, or the folder is not.
+    """
+    others = [flag.name for flag, _ in given if flag.name not in ("--inspect", "--verify")]
+    check_paths(given)
+    if others:
+        raise UsageError(f"--inspect writes nothing and takes no flag but --verify; leave out {' '.join(dict.fromkeys(others))}")
+    values = _collect(given)[0]
+    return InspectConfig(values["inspect"], values.get("verify", False))
+
+
 def parse(command: str, argv: Sequence[str] | None = None) -> tuple[Any, list[str]]:
     """Parse ``argv`` (default: the process's own) into the command's frozen config.
 
-    Returns the config (of the class in ``registry.CONFIGS``) and notes for the log, one line each.
+    Returns the config (of the class in ``registry.CONFIGS``; InspectConfig with ``--inspect``) and notes for the log, one line each.
 
     Raises:
         UsageError: unknown, refused, missing or contradictory flags, a value that breaks its rule, a path that is not there.
@@ -214,6 +229,8 @@ def parse(command: str, argv: Sequence[str] | None = None) -> tuple[Any, list[st
     given: Given = []
     parser = build_parser(command)
     parser.parse_args(argv, namespace=argparse.Namespace(given=given))
+    if any(path == "inspect" for flag, _ in given for path in flag.dest):
+        return _inspection(given), []
     _check_required(command, given)
     values, sources, notes = _collect(given)
     check_paths(given)

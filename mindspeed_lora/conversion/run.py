@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from mindspeed_lora.arguments.configs import ConvertConfig
+from mindspeed_lora.arguments.configs import ConvertConfig, InspectConfig
+from mindspeed_lora.conversion.dry_run import ShapeStream, forecast, peak_memory, report, resident_bytes
 from mindspeed_lora.conversion.hf_to_megatron import write_megatron
+from mindspeed_lora.conversion.inspect import inspect
 from mindspeed_lora.conversion.megatron_to_hf import write_hugging_face
 from mindspeed_lora.conversion.merge import RoundingReport, WeightStream
 from mindspeed_lora.conversion.output import copy_model_files, hf_target, megatron_target, staged_folder
@@ -24,29 +26,39 @@ from mindspeed_lora.weights.sources import open_adapter, open_base
 from mindspeed_lora.weights.table import WeightTable
 
 
-def convert(config: ConvertConfig) -> int:
-    """Run one conversion and return the exit code 0; the result appears whole or not at all.
+def convert(config: ConvertConfig | InspectConfig) -> int:
+    """Run one conversion, or inspect a folder, and return the exit code 0; the result appears whole or not at all.
 
     Raises:
         UsageError: the flags are wrong or contradict the files.
         CheckpointError: an input is missing, damaged, or of another model; or the target is occupied.
     """
+    if isinstance(config, InspectConfig):
+        return inspect(config)
     check_flags(config)
     if config.save_lora_to_hf:
         return export_adapter(config)
     target = hf_target(config.save_dir) if config.save_model_type == "hf" else megatron_target(config.save_dir)
     plan = make_plan(config)
     stream = WeightStream(plan.base, plan.adapter, plan.lora, plan.dtype)
+    if config.dry_run:
+        shapes = ShapeStream(plan.base, plan.adapter, plan.lora, plan.dtype)
+        return report(forecast(target, lambda folder: _write_model(folder, config, plan, shapes), peak_memory(shapes, plan.table)))
     with staged_folder(target) as staging:
-        if config.save_model_type == "mg":
-            write_megatron(staging, stream, plan.table, plan.layout, plan.dtype or plan.base.dtype)
-        else:
-            write_hugging_face(staging, stream, plan.table)
-        changed = plan.dtype is not None and plan.dtype != plan.base.dtype
-        copied = copy_model_files(plan.config_dir, staging, _name(plan.dtype) if changed and plan.dtype else None)
+        copied = _write_model(staging, config, plan, stream)
         fingerprint = _write_manifest(staging, config, plan)
     _report(target, plan, stream.report, copied, fingerprint)
     return 0
+
+
+def _write_model(staging: Path, config: ConvertConfig, plan: Plan, stream: WeightStream) -> list[str]:
+    """Write weights, configuration and tokenizer; returns the names of the copied files."""
+    if config.save_model_type == "mg":
+        write_megatron(staging, stream, plan.table, plan.layout, plan.dtype or plan.base.dtype)
+    else:
+        write_hugging_face(staging, stream, plan.table)
+    changed = plan.dtype is not None and plan.dtype != plan.base.dtype
+    return copy_model_files(plan.config_dir, staging, _name(plan.dtype) if changed and plan.dtype else None)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -124,6 +136,8 @@ def export_adapter(config: ConvertConfig) -> int:
     target = hf_target(config.save_dir)
     tensors = {(row, layer): adapter.lora_parts(row, layer) for row, layer in table.target_entries(lora.targets)}
     base_path = (adapter.base_reference or {}).get("path") or str(folder)
+    if config.dry_run:
+        return report(forecast(target, lambda staging: write_peft_adapter(staging, table, lora, tensors, base_path), resident_bytes()))
     with staged_folder(target) as staging:
         write_peft_adapter(staging, table, lora, tensors, base_path)
         files = sorted(staging.glob("adapter_*"))

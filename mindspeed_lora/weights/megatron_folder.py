@@ -29,6 +29,11 @@ def is_expert_name(name: str) -> bool:
     return _LOCAL_EXPERT.search(name) is not None or _GROUPED.search(name) is not None
 
 
+def mapped_bytes_limit() -> int:
+    """How many bytes of pages that were read stay mapped before a folder's files are closed; see :meth:`MegatronFolder.note_read`."""
+    return _REOPEN_AFTER_BYTES
+
+
 @dataclass
 class RankFile:
     """One ``model_optim_rng.pt``, opened when first needed."""
