@@ -51,11 +51,12 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     if family == "qwen3":
         shape["head_dim"] = 16
         return transformers.Qwen3Config(**{**shape, **overrides})
-    return transformers.LlamaConfig(**{**shape, **overrides})
+    configs = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "mistral": transformers.MistralConfig}
+    return configs[family](**{**shape, **overrides})
 
 
 def make_model(path: Path, family: str = "qwen3", dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
-    """Save a random Hugging Face model (norm weights too are random, so that a lost norm shows) and return its folder."""
+    """Save a random Hugging Face model (norms and biases too are random, so that a lost one shows) and return its folder."""
     import torch
     import transformers
 
@@ -63,7 +64,7 @@ def make_model(path: Path, family: str = "qwen3", dtype: str = "float32", seed: 
     model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **overrides), attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "bias" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
             elif parameter.dim() == 2:
                 parameter.mul_(3.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ MODELS = {
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
     "llama3-rope": (
         "llama",
         {
@@ -147,9 +151,13 @@ def test_logits_at_each_layout(pool: Any, folders: dict[str, Path], model: str, 
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("fusion", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", ["qwen3", "llama-tied"])
+@pytest.mark.parametrize(
+    ("model", "layout", "fusion"),
+    [
+        *itertools.product(["qwen3", "llama-tied"], LAYOUTS, [False, True]),
+        *itertools.product(["qwen2", "mistral", "llama3-rope"], ["TP1", "TP2-PP2"], [True]),
+    ],
+)
 def test_lora_gradients_equal_peft(pool: Any, folders: dict[str, Path], model: str, layout: str, fusion: bool) -> None:
     tp_size, pp_size, sequence_parallel = LAYOUTS[layout]
     engine = build_engine(folders[model])
