@@ -25,7 +25,7 @@ MODELS = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
-    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral": ("mistral", {"sliding_window": 5}),
     "llama3-rope": (
         "llama",
         {
@@ -184,8 +184,9 @@ def test_full_gradients_equal_transformers(folders: dict[str, Path]) -> None:
                 torch.testing.assert_close(part, expected[hf_name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_cached_decoding_equals_the_whole_pass(folders: dict[str, Path]) -> None:
-    engine = build_engine(folders["qwen3"])
+@pytest.mark.parametrize("model", ["qwen3", "mistral"])
+def test_cached_decoding_equals_the_whole_pass(folders: dict[str, Path], model: str) -> None:
+    engine = build_engine(folders[model])
     ids = batch(rows=2, length=12)[0]
     whole = engine.stages[0](ids)
     cache, pieces = KVCache(), []
@@ -241,18 +242,18 @@ def _packed_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids, labels, ends
 
 
-@pytest.mark.parametrize("layout", ["TP1", "PP2", "TP2-PP2"])
-def test_packed_documents_equal_separate_ones(pool: Any, folders: dict[str, Path], layout: str) -> None:
+@pytest.mark.parametrize(("model", "layout"), [("qwen3", "TP1"), ("qwen3", "PP2"), ("qwen3", "TP2-PP2"), ("mistral", "TP1")])
+def test_packed_documents_equal_separate_ones(pool: Any, folders: dict[str, Path], model: str, layout: str) -> None:
     """Documents of a row never see each other: loss and gradients are those of the documents one by one."""
     tp_size, pp_size, _ = LAYOUTS[layout]
-    alone = build_engine(folders["qwen3"], lora=SPEC, fusion=True)
+    alone = build_engine(folders[model], lora=SPEC, fusion=True)
     ids, labels, ends = _packed_rows()
     runner, expected = PipelineRunner(alone.stages, alone.context), 0.0
     for row, bounds in enumerate([[0, *row_ends] for row_ends in ends.tolist()]):
         for start, end in ((bounds[0], bounds[1]), (bounds[1], bounds[2])):
             expected += runner.forward_backward(ids[row : row + 1, start:end], labels[row : row + 1, start:end], torch.ones(1), 1).item()
     gradients = dict(alone.stages[0].named_parameters())
-    results = pool.run(_packed_cell, tp_size * pp_size, folders["qwen3"], tp_size, pp_size)
+    results = pool.run(_packed_cell, tp_size * pp_size, folders[model], tp_size, pp_size)
     assert results[-1][0] == pytest.approx(expected, rel=1e-5)
     for _, named in results if tp_size == 1 else []:
         assert named

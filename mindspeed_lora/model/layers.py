@@ -34,7 +34,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, context: ParallelContext, dtype: torch.dtype, recompute_core: bool) -> None:
         super().__init__()
         self.layer, self.recompute_core = layer, recompute_core
-        self.kv_channels = config.kv_channels
+        self.kv_channels, self.window = config.kv_channels, config.sliding_window
         self.groups = config.num_query_groups // context.tp_size
         self.heads_per_group = config.num_attention_heads // config.num_query_groups
         qkv_size = (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels
@@ -68,18 +68,27 @@ class SelfAttention(nn.Module):
     def _core(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attend: Attend) -> torch.Tensor:
         """query ``[b, n/t, s, d]``, key and value ``[b, g/t, s, d]`` -> ``[b, n/t, s, d]``."""
         if isinstance(attend, PackedDocuments):
-            return ops.document_attention(query, key, value, attend.ends)
+            return ops.document_attention(query, key, value, attend.ends, self.window)
         if attend is None:
-            return ops.attention(query, key, value)
+            return ops.attention(query, key, value, self._own_mask(query.shape[2], 0, query.device))
         return self._decode(query, key, value, attend)
 
+    def _own_mask(self, length: int, seen: int, device: torch.device) -> torch.Tensor | None:
+        """bool ``[s, seen + s]`` where plain causal attention over what was seen would not do; None where it does."""
+        window = self.window or seen + length
+        if seen + length <= window and (seen == 0 or length == 1):
+            return None
+        return ops.band_mask(length, seen, window, device)
+
     def _decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decode: DecodeState) -> torch.Tensor:
-        if decode.cache is None:
-            return ops.attention(query, key, value, decode.mask)
-        mask, seen, length = decode.mask, decode.cache.length, query.shape[2]
-        key, value = decode.cache.append(self.layer, key, value)
-        if mask is None and seen and length > 1:
-            mask = torch.ones(length, seen + length, dtype=torch.bool, device=query.device).tril(seen)
+        seen, length = 0 if decode.cache is None else decode.cache.length, query.shape[2]
+        if decode.cache is not None:
+            key, value = decode.cache.append(self.layer, key, value)
+        mask, own = decode.mask, self._own_mask(length, seen, query.device)
+        if mask is None:
+            mask = own
+        elif own is not None:
+            mask = mask & own
         return ops.attention(query, key, value, mask, is_causal=seen == 0)
 
 

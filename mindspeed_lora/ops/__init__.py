@@ -17,6 +17,9 @@ from types import ModuleType
 import torch
 
 from mindspeed_lora.ops import eager, npu
+from mindspeed_lora.ops.eager import band_mask
+
+__all__ = ["attention", "band_mask", "document_attention", "rms_norm", "rotate", "swiglu"]
 
 
 def _kernels(x: torch.Tensor) -> ModuleType:
@@ -45,6 +48,8 @@ def attention(
     return _kernels(query).attention(query, key, value, mask, is_causal)
 
 
-def document_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: Sequence[Sequence[int]]) -> torch.Tensor:
+def document_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: Sequence[Sequence[int]], window: int | None = None
+) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.document_attention`."""
-    return _kernels(query).document_attention(query, key, value, ends)
+    return _kernels(query).document_attention(query, key, value, ends, window)

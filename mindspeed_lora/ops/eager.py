@@ -45,12 +45,21 @@ def attention(
     )
 
 
-def document_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: Sequence[Sequence[int]]) -> torch.Tensor:
+def band_mask(length: int, seen: int, window: int, device: torch.device) -> torch.Tensor:
+    """bool ``[length, seen + length]``: each of ``length`` new positions may attend to the last ``window`` up to itself."""
+    ones = torch.ones(length, seen + length, dtype=torch.bool, device=device)
+    return ones.tril(seen) & ones.triu(seen - window + 1)
+
+
+def document_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: Sequence[Sequence[int]], window: int | None = None
+) -> torch.Tensor:
     """Causal attention inside each document of a packed row; documents never see each other.
 
     Args:
         query, key, value: as for :func:`attention`, all of one length s.
         ends: for each row the cumulative ends of its documents, the last one s; empty documents are skipped.
+        window: positions a position may attend to, itself included; None: all before it.
 
     Returns:
         ``[b, n, s, d]``.
@@ -59,5 +68,10 @@ def document_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     for row, row_ends in enumerate(ends):
         bounds = sorted({0, *row_ends})
         pieces = [(slice(row, row + 1), slice(None), slice(start, end)) for start, end in itertools.pairwise(bounds)]
-        rows.append(torch.cat([attention(query[piece], key[piece], value[piece]) for piece in pieces], dim=2))
+        masks = [_document_mask(end - start, window, query.device) for start, end in itertools.pairwise(bounds)]
+        rows.append(torch.cat([attention(query[p], key[p], value[p], mask) for p, mask in zip(pieces, masks, strict=True)], dim=2))
     return torch.cat(rows)
+
+
+def _document_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    return None if window is None or length <= window else band_mask(length, 0, window, device)

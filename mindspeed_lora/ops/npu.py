@@ -45,19 +45,24 @@ def attention(
     )[0]
 
 
-def document_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: Sequence[Sequence[int]]) -> torch.Tensor:
+def document_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: Sequence[Sequence[int]], window: int | None = None
+) -> torch.Tensor:
     """As :func:`mindspeed_lora.ops.eager.document_attention`: all rows behind one another, cut at the cumulative ends."""
     batch, heads, length, channels = query.shape
     cumulative = [row * length + end for row, row_ends in enumerate(ends) for end in sorted({*row_ends} - {0})]
     flat = (tensor.transpose(1, 2).reshape(batch * length, tensor.shape[1], channels) for tensor in (query, key, value))
+    band = (
+        {"sparse_mode": 3} if window is None else {"sparse_mode": 4, "pre_tockens": window - 1, "next_tockens": 0}
+    )  # the kernel's spelling
     output = load_torch_npu().npu_fusion_attention(
         *flat,
         heads,
         "TND",
         atten_mask=_causal_mask(query.device),
         scale=1.0 / math.sqrt(channels),
-        sparse_mode=3,
         actual_seq_qlen=cumulative,
         actual_seq_kvlen=cumulative,
+        **band,
     )[0]
     return output.view(batch, length, heads, channels).transpose(1, 2)

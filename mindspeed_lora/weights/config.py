@@ -61,6 +61,7 @@ class ModelConfig:
     qk_layernorm: bool = False
     qkv_bias: bool = False
     tied_embeddings: bool = False  # tie_word_embeddings
+    sliding_window: int | None = None  # a position attends to this many, itself included; None: to all before it
     max_position_embeddings: int | None = None
     dtype: str = "bfloat16"  # of the source's weights: "float32", "bfloat16", "float16"
     experts: ExpertShape | None = None

@@ -107,6 +107,7 @@ def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json
         qkv_bias=bool(values.get("qkv_bias", True)) and family.qkv_bias,
         tied_embeddings=bool(values.get("tie_word_embeddings", False)),
         max_position_embeddings=values.get("max_position_embeddings"),
+        sliding_window=values.get("sliding_window") if model_type in ("mistral", "mixtral") else None,
         dtype=dtype if dtype in DTYPES else "float32",
         experts=_experts(values, family, source),
         latent=latent,
@@ -139,9 +140,8 @@ def _refuse_unsupported(values: Mapping[str, Any], source: str) -> None:
     for key, accepted in wanted.items():
         if values.get(key) not in accepted:
             raise CheckpointError(f"{source}: {key} is {values[key]!r}, which is not supported; supported: {accepted[0]!r}")
-    uses_window = values.get("use_sliding_window", values.get("model_type") == "mistral") and values.get("sliding_window")
-    if uses_window:
-        raise CheckpointError(f"{source}: sliding_window {values['sliding_window']} is on; only full attention is supported")
+    if values.get("use_sliding_window") and values.get("sliding_window"):
+        raise CheckpointError(f"{source}: use_sliding_window is on for some layers only, which is not supported; set it to false")
 
 
 def _rope(values: Mapping[str, Any], family: Family, source: str) -> tuple[float, dict[str, Any] | None]:
