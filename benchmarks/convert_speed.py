@@ -36,12 +36,12 @@ SHAPES: dict[str, dict[str, int]] = {
     "6 GB": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=48),
 }
 BARS = {"work / cp": 3.0, "peak GiB": 1.0, "start-up s": 4.0, "merge / plain": 1.3}
+SAME = "same bytes after the way back"
 R, ALPHA = 16, 32
 IDLE = "import mindspeed_lora.arguments.parser, mindspeed_lora.conversion.run, safetensors.torch, numpy, tqdm"
 # Runs in the child: the entry point, then its own VmHWM as the last line (RUSAGE_CHILDREN would mix several children).
 CHILD = """
-import runpy, sys, time
-start = time.monotonic()
+import runpy, sys
 sys.argv = ["convert_ckpt.py", *sys.argv[1:]]
 try:
     runpy.run_path("convert_ckpt.py", run_name="__main__")
@@ -197,7 +197,7 @@ def measure(place: Path, shape: dict[str, int], rounds: int) -> dict[str, Any]:
             runs.setdefault(f"cp, {name}", []).append(copied(target, place / "copy"))
             print(f"round {turn + 1}: {name}: {runs[name][-1]}, cp {runs[f'cp, {name}'][-1]['wall']:.1f} s", flush=True)
     result["unzip -t"] = unzip_passes(place / "mg")
-    result["same bytes after the way back"] = (hf / "model.safetensors").is_file() and same_weights(hf, place / "hf2")
+    result[SAME] = (hf / "model.safetensors").is_file() and same_weights(hf, place / "hf2")
     result["steps"], result["start-up s"] = summary(runs, list(steps)), median(runs["idle"], "wall")
     result["runs"] = runs
     return result
@@ -249,7 +249,8 @@ def machine() -> dict[str, Any]:
     """What the numbers belong to."""
     import torch
 
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "cpu": cpu,
@@ -291,8 +292,6 @@ def main() -> int:
         flags.output.write_text(json.dumps({**found, "bars": BARS, "results": results}, indent=1) + "\n")
     return 0
 
-
-SAME = "same bytes after the way back"
 
 if __name__ == "__main__":
     sys.exit(main())
