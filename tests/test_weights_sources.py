@@ -147,8 +147,11 @@ def test_truncated_and_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         open_base(folder)
     file.unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"")
+    (folder / "consolidated.00.pth").write_bytes(b"")
     with pytest.raises(CheckpointError, match="safe_serialization=True"):
+        open_base(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="not a complete torch checkpoint"):
         open_base(folder)
     with pytest.raises(CheckpointError, match="no such folder"):
         open_base(tmp_path / "absent")
@@ -200,6 +203,28 @@ def test_a_layer_missing_in_the_middle_is_not_closed_up(tmp_path: Path) -> None:
     save_rank(tmp_path, {"model": {name: value for name, value in model.items() if ".layers.1." not in name}})
     with pytest.raises(CheckpointError, match="layer 1 is missing"):
         open_base(tmp_path)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_legacy_bin_folder_is_the_same_model(shards: int, tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "hf")
+    before = open_base(folder).fingerprint()
+    tensors = {**load_file(folder / "model.safetensors"), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    (folder / "model.safetensors").unlink()
+    names = [f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin" for i in range(shards)] if shards > 1 else ["pytorch_model.bin"]
+    weight_map = {key: names[i % shards] for i, key in enumerate(tensors)}
+    for name in names:
+        torch.save(collections.OrderedDict((key, tensor) for key, tensor in tensors.items() if weight_map[key] == name), folder / name)
+    if shards > 1:
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    base = open_base(folder)
+    base.check_coverage(WeightTable(base.model_config))
+    assert base.kind == "hf" and base.fingerprint() == before
+    proof = tmp_path / "it_ran"
+    torch.save({"a": _Runs(f"touch {proof}")}, folder / names[0])
+    with pytest.raises(CheckpointError, match="nothing of it was run"):
+        open_base(folder)
+    assert not proof.exists()
 
 
 class _Runs:
@@ -347,7 +372,7 @@ def test_rope_of_both_generations_of_config_json() -> None:
         ({"hidden_size": None}, "hidden_size is None"),
         ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"use_sliding_window": True, "sliding_window": 128}, "sliding_window 128 is on"),
+        ({"use_sliding_window": True, "sliding_window": 128}, "use_sliding_window is on"),
     ],
 )
 def test_configurations_that_are_not_computed_here(change: dict[str, Any], message: str) -> None:
