@@ -192,7 +192,7 @@ def test_rank_stabilised_scale_is_honoured(tmp_path: Path) -> None:
         {"use_dora": True},
         {"modules_to_save": ["lm_head"]},
         {"bias": "all"},
-        {"rank_pattern": {"q_proj": 2}},
+        {"rank_pattern": {"q_proj": "two"}},
         {"peft_type": "IA3"},
         {"r": "x"},
     ],
@@ -216,8 +216,11 @@ def test_peft_folders_whose_parts_differ_or_are_missing(tmp_path: Path) -> None:
         assert not (tmp_path / "merged").exists()
         return str(error.value)
 
-    assert "have different A" in message({**tensors, key: tensors[key] + 1})
-    assert key in message({name: tensor for name, tensor in tensors.items() if name != key})
+    short = key.removeprefix("base_model.model.")
+    assert f"{short} is missing beside its other half" in message({name: tensor for name, tensor in tensors.items() if name != key})
+    other = {name: tensor for name, tensor in tensors.items() if ".layers.2.self_attn.k_proj." not in name}
+    assert "1 modules that target_modules names have no adapter tensors: model.layers.2.self_attn.k_proj" in message(other)
+    assert "r and the base model ask for" in message({**tensors, key: tensors[key][:2].clone()})
     assert "no module that can be adapted" in message({**tensors, "base_model.model.lm_head.lora_A.weight": torch.ones(4, 4)})
     data = file.read_bytes()
     file.write_bytes(data[: len(data) - 8])

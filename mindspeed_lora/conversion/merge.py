@@ -62,8 +62,12 @@ class WeightStream:
         matrix_a = matrix_a.float()
         merged = []
         unseen = (row.megatron, layer) not in self.report.seen
-        for part, matrix_b, dtype in zip(parts, matrices_b, dtypes, strict=True):
-            total = (matrix_b.float() @ matrix_a).mul_(self.lora.scale)  # one buffer: delta, then the sum, then what the cast loses
+        scales = self.adapter.part_scales(row, layer, self.lora)
+        for part, matrix_b, dtype, scale in zip(parts, matrices_b, dtypes, scales, strict=True):
+            if not scale:
+                merged.append(part.to(dtype))
+                continue
+            total = (matrix_b.float() @ matrix_a).mul_(scale)  # one buffer: delta, then the sum, then what the cast loses
             delta = _squared_norm(total) if unseen else 0.0
             result = total.add_(part).to(dtype, copy=True)
             if unseen:

@@ -122,6 +122,7 @@ def _report(target: Path, plan: Plan, rounding: RoundingReport, copied: list[str
 def export_adapter(config: ConvertConfig) -> int:
     """``--save-lora-to-hf``: write the adapter of --lora-load (or --load-dir) as a PEFT folder."""
     adapter = open_adapter(config.lora_load or config.load_dir)
+    adapter.require_uniform("export it")
     lora = adapter_values(config, adapter)
     candidates = config_candidates(config, config.load_dir)
     if not candidates:

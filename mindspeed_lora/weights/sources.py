@@ -16,12 +16,13 @@ import torch
 
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.manifest import Manifest, read_manifest
-from mindspeed_lora.weights.adapters import Adapter, MegatronAdapter, PeftAdapter, lora_spec_of
+from mindspeed_lora.weights.adapters import Adapter, MegatronAdapter, lora_spec_of
 from mindspeed_lora.weights.config import ModelConfig
 from mindspeed_lora.weights.families import model_config_from_hf, model_config_from_megatron_args
-from mindspeed_lora.weights.hf_files import INDEX_NAME, StoredTensor, read_hf_folder
+from mindspeed_lora.weights.hf_files import INDEX_NAMES, BinTensor, StoredTensor, read_hf_folder
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.megatron_folder import MegatronFolder, is_megatron_folder
+from mindspeed_lora.weights.peft_adapter import PeftAdapter
 from mindspeed_lora.weights.table import Row, WeightTable, shard_blocks, unshard
 
 FINGERPRINT_BYTES = 4096  # of each logical tensor
@@ -105,7 +106,7 @@ def _check_shape(where: str, name: str, found: tuple[int, ...], expected: tuple[
 
 
 class HFBase(Base):
-    """A Hugging Face folder of safetensors."""
+    """A Hugging Face folder of safetensors, or of the older ``pytorch_model.bin``."""
 
     kind = "hf"
 
@@ -117,8 +118,8 @@ class HFBase(Base):
         self.tensors = read_hf_folder(path)
         self.dtype = Counter(tensor.dtype for tensor in self.tensors.values()).most_common(1)[0][0] if self.tensors else torch.float32
 
-    def _stored(self, row: Row, layer: int | None) -> list[StoredTensor]:
-        stored = []
+    def _stored(self, row: Row, layer: int | None) -> list[StoredTensor | BinTensor]:
+        stored: list[StoredTensor | BinTensor] = []
         for name, shape in zip(row.hf_names(layer), row.part_shapes, strict=True):
             if name not in self.tensors:
                 raise CheckpointError(f"{self.path}: tensor {name} is missing")
@@ -274,7 +275,8 @@ def open_base(path: Path, kind: str | None = None) -> Base:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a Hugging Face or Megatron checkpoint folder")
     megatron = is_megatron_folder(path)
-    hugging_face = (path / INDEX_NAME).is_file() or any(path.glob("*.safetensors"))
+    weights = (*INDEX_NAMES, "*.safetensors", "pytorch_model*.bin")
+    hugging_face = any(file.is_file() for pattern in weights for file in path.glob(pattern))
     if kind is None and megatron and hugging_face:
         raise CheckpointError(f"{path}: holds both safetensors and a Megatron checkpoint; keep them in separate folders")
     if (path / "adapter_config.json").is_file() and not megatron:
