@@ -38,6 +38,7 @@ class Adapter(ABC):
         """Factor of each HF part's contribution; 0 where a part is not adapted."""
         return [lora.scale] * len(row.hf)
 
+    @abstractmethod
     def require_uniform(self, purpose: str) -> None:
         """Refuse an adapter that can only be merged, where ``purpose`` needs one r, one scale and one A for each fused module.
 
@@ -162,6 +163,9 @@ class MegatronAdapter(Adapter):
             if row.axis is None and not torch.equal(shard, shards[0]):
                 raise CheckpointError(f"{self.path}: {name} is replicated, but tensor rank {tp_rank}'s copy differs from rank 0's")
         return unshard(row, shards)
+
+    def require_uniform(self, purpose: str) -> None:
+        """See the base class; it always is: opening has found one r, and its args hold one alpha."""
 
     def lora_parts(self, row: Row, layer: int | None) -> LoraParts:
         """See the base class."""
