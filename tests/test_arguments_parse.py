@@ -21,9 +21,6 @@ from mindspeed_lora.errors import UsageError
 QWEN3_FLAGS: dict[str, list[str]] = json.loads((ROOT / "tests" / "fixtures" / "qwen3_flags.json").read_text())
 SHARED_FLAGS = ROOT.parent / "shared" / "design" / "flags" / "qwen3_flags.json"
 
-# Raw data inside training: the two scripts that do it are told to preprocess first.
-REFUSED_IN_TRAINING = {"--handler-name"}
-
 # What MindSpeed-LLM's Qwen3-8B scripts pass (folders are made by the fixture).
 MODEL = """--use-mcore-models --spec mindspeed_llm.tasks.models.spec.qwen3_spec layer_spec --qk-layernorm --num-layers 36 --hidden-size 4096
     --num-attention-heads 32 --ffn-hidden-size 12288 --max-position-embeddings 32768 --seq-length 4096 --disable-bias-linear
@@ -51,7 +48,8 @@ LINES = {
         --enable-thinking true --no-pad-to-seq-lengths --lora-r 8 --lora-alpha 16 --lora-fusion --lora-target-modules linear_qkv linear_proj
         --recompute-granularity full --recompute-method block --recompute-num-layers 18 --data-path ./out/alpaca --split 100,0,0
         --log-interval 1 --save-interval 2000 --eval-interval 2000 --eval-iters 0 --save ./ckpt --log-throughput --distributed-backend nccl
-        --enable-hf2mg-convert --model-type-hf qwen3 --workers 4 --pack --neat-pack --reset-attention-mask --reset-position-ids""",
+        --enable-hf2mg-convert --model-type-hf qwen3 --workers 4 --handler-name AlpacaStyleInstructionHandler
+        --pack --neat-pack --reset-attention-mask --reset-position-ids""",
     INFER: f"{MODEL} --max-new-tokens 256 --expert-model-parallel-size 1",
     EVALUATE: f"{MODEL} --task-data-path ./mmlu/test --task mmlu --max-new-tokens 1 --no-chat-template --no-load-optim --no-load-rng "
     "--norm-topk-prob --use-flash-attn --expert-model-parallel-size 1",
@@ -83,7 +81,7 @@ def test_the_bundled_list_is_the_shared_one() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_qwen3_flag_of_the_peer_works_or_is_accepted(command: str) -> None:
     refused = {name for name in qwen3_flags(command) if flags_of(command)[name].status == REFUSED}
-    assert refused == (REFUSED_IN_TRAINING if command == TRAIN else set())
+    assert refused == set()
     words = set(LINES[command].split())
     assert qwen3_flags(command) - words == refused  # the line below passes all of them
     config, notes = parse(command, LINES[command].split())
@@ -176,6 +174,8 @@ def test_lora_targets_are_kept_in_one_order() -> None:
         ("--tensorboard-dir tb", "save.tensorboard_dir", Path("tb")),
         ("--pipeline-buffer-fraction=0.1", "pipeline_buffer_fraction", 0.1),
         ("--lr-warmup-iters 1 --lr-warmup-init 1e-6", "optimizer.lr_warmup_init", 1e-6),
+        ("--handler-name SharegptStyleInstructionHandler", "data.handler_name", "SharegptStyleInstructionHandler"),
+        ("--cache-dir cache", "data.cache_dir", Path("cache")),
         ("--verify", "load.verify", True),
         ("--device cpu", "runtime.device", "cpu"),
         ("--data-path y --no-save-optim", "data.data_path", "y"),

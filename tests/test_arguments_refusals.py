@@ -108,7 +108,7 @@ def test_accepted_values_are_checked(name: str, value: str, command: str, minima
         (TRAIN, "--stage dpo", ["--stage dpo", "use sft"]),
         (TRAIN, "--num-experts 8", ["--num-experts 8", "later release"]),
         (TRAIN, "--pack --neat-pack", ["--neat-pack", "add --reset-attention-mask"]),
-        (TRAIN, "--handler-name AlpacaStyleInstructionHandler", ["preprocess first with preprocess_data.py"]),
+        (TRAIN, "--handler-name GeneralPretrainHandler", ["later release", "AlpacaStyleInstructionHandler"]),
         (TRAIN, "--nproc_per_node 2", ["belongs to torchrun"]),
         (TRAIN, "--micro-batch-size 0", ["--micro-batch-size 0", "at least 1"]),
         (TRAIN, "--micro-batch-size two", ["--micro-batch-size two", "whole number"]),

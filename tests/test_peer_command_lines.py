@@ -85,8 +85,8 @@ VALUES = {
     "--target-tensor-parallel-size": "1",
     "--target-pipeline-parallel-size": "2",
 }
-# The peer's two raw-data scripts only; refused with the step that does it here, or in need of two stages.
-LEFT_OUT = {"--pack", "--neat-pack", "--handler-name", "--num-layers-per-virtual-pipeline-stage"}
+RAW_DATA = {"--pack", "--neat-pack", "--reset-attention-mask", "--handler-name"}  # of the peer's two raw-data scripts only
+LEFT_OUT = {"--num-layers-per-virtual-pipeline-stage"}  # needs two stages
 
 
 def words(command: str, without: set[str] = frozenset(), **changes: str) -> list[str]:  # type: ignore[assignment]
@@ -128,7 +128,7 @@ def test_2_preprocess(place: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_3_tune(place: Path, kind: str) -> None:
-    without = set(LEFT_OUT) | ({flag for flag in FLAGS["posttrain_gpt.py"] if "--lora" in flag} if kind == "full" else set())
+    without = LEFT_OUT | RAW_DATA | ({flag for flag in FLAGS["posttrain_gpt.py"] if "--lora" in flag} if kind == "full" else set())
     paths = {
         "load": str(place / "mg"),
         "save": str(place / kind),
@@ -137,6 +137,16 @@ def test_3_tune(place: Path, kind: str) -> None:
     }
     assert main("posttrain_gpt.py", ["--device", "cpu", *words("posttrain_gpt.py", without, **paths)]) == 0
     assert (place / kind / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
+
+
+def test_3_tune_on_raw_data(place: Path) -> None:
+    """All flags at once: records packed at the start of the run, base and tokenizer from Hugging Face's folder."""
+    paths = {"load": str(place / "hf"), "save": str(place / "raw" / "save"), "data_path": str(place / "alpaca.json")}
+    argv = words("posttrain_gpt.py", LEFT_OUT, **paths, tokenizer_name_or_path=str(place / "hf"))
+    assert main("posttrain_gpt.py", ["--device", "cpu", *argv]) == 0
+    (manifest,) = (place / "raw" / "data_cache").glob("*/data_mindspeed_lora.json")
+    assert json.loads(manifest.read_text())["data"]["packing"] == "neat-pack"
+    assert (place / "raw" / "save" / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
 
 
 @pytest.mark.parametrize("lora", [False, True])

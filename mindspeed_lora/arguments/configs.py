@@ -106,6 +106,10 @@ class DataFlags:
     reset_attention_mask: bool = False  # the documents of a sample do not see each other
     pack: bool = False
     neat_pack: bool = False  # with segment numbers, which reset_attention_mask reads
+    handler_name: str | None = None  # the data is raw, and this is its form; None: prepared data
+    map_keys: dict[str, object] | None = None  # of raw data, as are workers and cache_dir
+    workers: int = 1
+    cache_dir: Path | None = None  # None: data_cache beside save, else ~/.cache/mindspeed_lora/data
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,6 @@ TRAINING = [
     *accepted("calculate-per-token-loss", T, "already so (--loss-normalization tokens)", dest=("per_token_loss",)),
     *accepted("enable-hf2mg-convert", T, "--load takes Hugging Face folders directly"),
     *accepted("num-workers", T, "each rank reads its rows from a memory map, which needs no further processes", COUNT_OR_ZERO),
-    *accepted("workers", T, "preprocess_data.py prepares the data", COUNT),
     *accepted(
         "reset-position-ids",
         T,

@@ -80,12 +80,6 @@ FAMILY_FLAGS = [
 ]
 
 DATA_FLAGS = [
-    *refused(
-        "handler-name",
-        (TRAIN,),
-        "posttrain_gpt.py reads prepared data only: preprocess first with preprocess_data.py, and give its --output-prefix",
-        TEXT,
-    ),
     *refused("is-pairwise-dataset", (TRAIN,), PAIRS),
     *refused("dpo-loss-type dpo-beta dpo-label-smoothing pref-ftx ref-model refer-model-iter", (TRAIN,), PAIRS, TEXT),
     *refused("tokenizer-model", (*RUNS, PREPROCESS), "tokenizers are Hugging Face folders; use --tokenizer-name-or-path", TEXT),

@@ -7,8 +7,8 @@ from mindspeed_lora.arguments.values import COUNT, COUNT_OR_ZERO, COUNTS, JSON_O
 
 C, P = (CONVERT,), (PREPROCESS,)
 LATER_HANDLER = "this handler comes with a later release; use AlpacaStyleInstructionHandler or SharegptStyleInstructionHandler"
+HANDLERS = ("AlpacaStyleInstructionHandler", "SharegptStyleInstructionHandler")
 HANDLERS_NOT_YET = [
-    "SharegptStyleInstructionHandler",
     "AlpacaStylePairwiseHandler",
     "SharegptStylePairwiseHandler",
     "PPOAlpacaStyleInstructionHandler",
@@ -246,7 +246,7 @@ PREPROCESSING = [
         "form of the records",
         TEXT,
         "handler_name",
-        choices=("AlpacaStyleInstructionHandler", "SharegptStyleInstructionHandler"),
+        choices=HANDLERS,
         not_yet=dict.fromkeys(HANDLERS_NOT_YET, LATER_HANDLER),
     ),
     active(

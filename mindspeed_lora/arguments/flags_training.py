@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from mindspeed_lora.arguments.flag import TRAIN, Flag, active
-from mindspeed_lora.arguments.values import COUNT, COUNT_OR_ZERO, DECAY, FRACTION, NOT_NEGATIVE, PATH, POSITIVE, SHARE, SPLIT, TEXT
+from mindspeed_lora.arguments.flags_tools import HANDLERS, HANDLERS_NOT_YET, LATER_HANDLER
+from mindspeed_lora.arguments.values import (
+    COUNT,
+    COUNT_OR_ZERO,
+    DECAY,
+    FRACTION,
+    JSON_OBJECT,
+    NOT_NEGATIVE,
+    PATH,
+    POSITIVE,
+    SHARE,
+    SPLIT,
+    TEXT,
+)
 
 T = (TRAIN,)
 LATER_SCHEDULE = "this schedule comes with a later release; use linear, cosine or constant"
@@ -19,7 +32,8 @@ DATA = [
         "--data-path",
         T,
         "data",
-        "what preprocess_data.py wrote: the value of --output-prefix, or any longer form down to a file name",
+        "what preprocess_data.py wrote: the value of --output-prefix, or any longer form down to a file name; or, with --handler-name, raw "
+        "records, which are preprocessed first",
         TEXT,
         "data.data_path",
         one_only="mixing several data sets comes with a later release; give one",
@@ -44,6 +58,36 @@ DATA = [
         "with numbered records, so that --reset-attention-mask keeps them apart; of prepared data, it must be so",
         None,
         "data.neat_pack",
+    ),
+    active(
+        "--handler-name",
+        T,
+        "data",
+        "form of the records, where --data-path is a raw parquet, json, jsonl or csv file or a folder of them",
+        TEXT,
+        "data.handler_name",
+        choices=HANDLERS,
+        not_yet=dict.fromkeys(HANDLERS_NOT_YET, LATER_HANDLER),
+        default_text="--data-path is prepared",
+    ),
+    active(
+        "--map-keys",
+        T,
+        "data",
+        "of raw data: names of the columns, where they differ (see preprocess_data.py)",
+        JSON_OBJECT,
+        "data.map_keys",
+        default_text="the handler's",
+    ),
+    active("--workers", T, "data", "of raw data: processes that preprocess it", COUNT, "data.workers"),
+    active(
+        "--cache-dir",
+        T,
+        "data",
+        "of raw data: where its preprocessed form is kept and found again",
+        PATH,
+        "data.cache_dir",
+        default_text="data_cache beside --save, else ~/.cache/mindspeed_lora/data",
     ),
     active("--no-shuffle", T, "data", "take the records in their own order", None, "data.shuffle", const=False),
 ]

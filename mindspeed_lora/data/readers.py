@@ -181,3 +181,5 @@ _READERS: dict[str, Callable[[Path, int], Iterator[Record]]] = {
     "jsonl": _read_jsonl,
     "csv": _read_csv,
 }
+EXTENSIONS = tuple(_READERS)
+"""Of files that can be read, without the dot."""

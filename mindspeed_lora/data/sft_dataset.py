@@ -40,11 +40,12 @@ def manifest_name(prefix: Path) -> str:
 def data_prefix(data_path: str | Path) -> Path:
     """The ``--output-prefix`` value that ``data_path`` belongs to: itself, or a longer form down to a file name."""
     path = Path(data_path)
-    name = _LONG_FORM.sub("", path.name) if not _has_pair(path) else path.name
+    name = _LONG_FORM.sub("", path.name) if not has_pair(path) else path.name
     return path.with_name(name) if name else path
 
 
-def _has_pair(prefix: Path) -> bool:
+def has_pair(prefix: Path) -> bool:
+    """Whether preprocessed data lies at ``prefix``."""
     return bool(prefix.name) and idx_path(key_stem(prefix, "input_ids")).exists()
 
 
@@ -111,7 +112,7 @@ def open_sft_dataset(data_path: str | Path) -> SFTDataset:
     if not str(data_path).strip():
         raise UsageError("--data-path is missing; give the value that --output-prefix had in preprocess_data.py")
     prefix = data_prefix(data_path)
-    if not _has_pair(prefix):
+    if not has_pair(prefix):
         raise DataError(
             f"--data-path {data_path}: {idx_path(key_stem(prefix, 'input_ids'))} does not exist; "
             "give the value that --output-prefix had in preprocess_data.py, or a longer form of it"

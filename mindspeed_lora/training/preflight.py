@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from mindspeed_lora.arguments.configs import TrainConfig
 from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, resolve_model_config
 from mindspeed_lora.checkpoint.resume import TrainerState, read_trainer_state
 from mindspeed_lora.checkpoint.start import StartPoint, check_save_folder, find_start
+from mindspeed_lora.data.raw import cache_root, is_raw_data, prepare_raw_data, unused_raw_flags
 from mindspeed_lora.data.sft_dataset import DocumentRule, SFTDataset, check_data_manifest, open_sft_dataset, split_ranges
 from mindspeed_lora.data.tokenizer import load_tokenizer, pad_token_id
 from mindspeed_lora.errors import CheckpointError, UsageError
@@ -78,7 +79,8 @@ def plan_training(config: TrainConfig, world_size: int) -> TrainingPlan:
     table.check_pipeline(parallel.pipeline_parallel_size, parallel.layers_per_virtual_stage)
     lora = _resolve_lora(config, start, table)
     notes = list(start.notes)
-    dataset, splits, tokenizer = _open_data(config, start, model)
+    dtype, pad_multiple = _dtype(config), _pad_multiple(config, model, notes)
+    dataset, splits, tokenizer = _open_data(config, start, model, notes)
     state = _continued_state(config, start, _origin(config, dataset, schedule), notes)
     return TrainingPlan(
         config=config,
@@ -87,13 +89,13 @@ def plan_training(config: TrainConfig, world_size: int) -> TrainingPlan:
         table=table,
         layout=Layout(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.layers_per_virtual_stage),
         lora=lora,
-        dtype=_dtype(config),
+        dtype=dtype,
         dataset=dataset,
         splits=splits,
         tokenizer_dir=config.tokenizer.name_or_path or start.base.config_dir,
         pad_token_id=pad_token_id(tokenizer),
         documents=document_rule(config.data, dataset, tokenizer, notes),
-        pad_multiple=_pad_multiple(config, model, notes),
+        pad_multiple=pad_multiple,
         dp_size=dp_size,
         global_batch_size=global_batch_size,
         schedule=schedule,
@@ -147,13 +149,26 @@ def _pad_multiple(config: TrainConfig, model: ModelConfig, notes: list[str]) -> 
     return math.lcm(data.pad_to_multiple_of, tp_size)
 
 
-def _open_data(config: TrainConfig, start: StartPoint, model: ModelConfig) -> tuple[SFTDataset, tuple[range, range, range], Any]:
-    dataset = open_sft_dataset(config.data.data_path)
+def _open_data(
+    config: TrainConfig, start: StartPoint, model: ModelConfig, notes: list[str]
+) -> tuple[SFTDataset, tuple[range, range, range], Any]:
+    dataset = open_sft_dataset(_prepared(config, start, notes))
     splits = split_ranges(len(dataset), config.data.split)
     tokenizer = load_tokenizer(config.tokenizer, start.base.config_dir)
     check_data_manifest(dataset.manifest, tokenizer, config.template)
     dataset.check_token_ids(model.vocab_size)
     return dataset, splits, tokenizer
+
+
+def _prepared(config: TrainConfig, start: StartPoint, notes: list[str]) -> str | Path:
+    """``--data-path``, or what it becomes where it is raw; no process group is open yet, so nothing times out."""
+    data = config.data
+    if is_raw_data(data.data_path):
+        tokenizer = replace(config.tokenizer, name_or_path=config.tokenizer.name_or_path or start.base.config_dir)
+        return prepare_raw_data(data, tokenizer, config.template, cache_root(data, config.save.save))
+    if unused := unused_raw_flags(data):
+        notes.append(f"{' '.join(unused)}: --data-path is preprocessed already, so there is nothing for it to do")
+    return data.data_path
 
 
 def _origin(config: TrainConfig, dataset: SFTDataset, schedule: LearningRateSchedule) -> dict[str, Any]:
