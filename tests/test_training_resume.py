@@ -15,7 +15,7 @@ from training_helpers import change, losses, make_config, make_workspace, metric
 from mindspeed_lora.arguments.configs import TrainConfig
 from mindspeed_lora.errors import MindSpeedLoraError, UsageError
 
-STEPS, STOP = 8, 4
+STEPS, STOP = 20, 10
 
 
 @pytest.fixture(scope="module")
