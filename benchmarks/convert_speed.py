@@ -86,6 +86,9 @@ def make_model(folder: Path, shape: dict[str, int]) -> Path:
         def parts(self, row: Row, layer: int | None) -> list[torch.Tensor]:
             return [torch.empty(size, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator) for size in row.part_shapes]
 
+        def vocabulary_blocks(self, row: Row, start: int, stop: int) -> list[torch.Tensor]:
+            return [part[start:stop] for part in self.parts(row, None)]
+
     write_hugging_face(folder, Random(), WeightTable(model_config_from_hf(folder)))  # type: ignore[arg-type]
     return folder
 

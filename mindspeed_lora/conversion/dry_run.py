@@ -10,7 +10,7 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -49,6 +49,11 @@ class ShapeStream(WeightStream):
         dtypes = self.part_dtypes(row, layer)
         return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in zip(row.part_shapes, dtypes, strict=True)]
 
+    def vocabulary_blocks(self, row: Row, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """See the base class."""
+        if stop > start:
+            yield self.parts(row, None)[0][start:stop]
+
 
 def forecast(target: Path, write: Callable[[Path], object], peak_bytes: int) -> Forecast:
     """Run ``write`` into a temporary folder and measure what it leaves there.
@@ -84,10 +89,11 @@ def report(found: Forecast) -> int:
 def peak_memory(stream: WeightStream, table: WeightTable) -> int:
     """About how many bytes the conversion will hold at most: what the process holds now, and the largest row's tensors.
 
-    A row is held as it lies in the source (mapped), once more where it is joined, cut or cast, and a merge adds one part in fp32;
+    Embedding and head pass in blocks. Another row is held as it lies in the source (mapped), once more where it is joined, cut or cast,
+    and a merge adds one part in fp32;
     a Megatron source also keeps up to :func:`mapped_bytes_limit` of pages that were read before.
     """
-    largest = max(_row_bytes(stream, row, layer) for row, layer in table.entries())
+    largest = max(_row_bytes(stream, row, layer) for row, layer in table.entries() if not row.padded)
     return resident_bytes() + largest + _mapped_bytes(stream.base, stream.adapter)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from mindspeed_lora.weights.megatron_files import (
 )
 from mindspeed_lora.weights.placement import expert_tensor_size, place_layers, stage_ranks
 from mindspeed_lora.weights.table import Row, WeightTable
-from mindspeed_lora.weights.torch_stream import TensorSpec, save_streamed
+from mindspeed_lora.weights.torch_stream import Data, TensorSpec, save_streamed
 
 CONVERTED_ITERATION = 1  # the peer's converters write iteration 1
 
@@ -83,6 +83,17 @@ class _RankWriter:
             return torch.stack([self._read(member, layer).T for member in row.members]).view(shape)
         return self.table.shard(row, self.stream.parts(row, layer), *self._cut(row))
 
+    def _vocabulary_blocks(self, row: Row) -> Iterator[torch.Tensor]:
+        """This rank's rows of an embedding or head; copies of the last row pad the vocabulary."""
+        rank, size = self._cut(row)
+        rows, count = self.table.local_shape(row, size)[0], row.part_shapes[0][0]
+        start = min(rank * rows, count)
+        stop = min(start + rows, count)
+        yield from self.stream.vocabulary_blocks(row, start, stop)
+        if missing := rows - (stop - start):
+            for last in self.stream.vocabulary_blocks(row, count - 1, count):
+                yield last.expand(missing, -1)
+
     def write(self, path: Path, dtype: torch.dtype, progress: Callable[[int], Any]) -> None:
         """Stream the tensors into ``path``."""
         order = [(row, layer) for keys in self.chunks for _, row, layer in keys if row is not None]
@@ -95,10 +106,10 @@ class _RankWriter:
                 )
             return checkpoint_content(models, megatron_args(self.table.config, self.layout, dtype), CONVERTED_ITERATION)
 
-        def read(index: int) -> torch.Tensor:
-            tensor = self._read(*order[index])
+        def read(index: int) -> Data:
+            row, layer = order[index]
             progress(1)
-            return tensor
+            return self._vocabulary_blocks(row) if row.padded else self._read(row, layer)
 
         save_streamed(path, build, read)
 

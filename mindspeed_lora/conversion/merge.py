@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,8 @@ import torch
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.sources import Adapter, Base
 from mindspeed_lora.weights.table import Row
+
+_BLOCK_BYTES = 1 << 25  # of an embedding or head, in memory at a time
 
 
 @dataclass
@@ -75,6 +78,13 @@ class WeightStream:
             merged.append(result)
         self.report.seen.add((row.megatron, layer))
         return merged
+
+    def vocabulary_blocks(self, row: Row, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """Rows ``start`` to ``stop`` of an embedding or head (LoRA targets neither), a block at a time, each cast once."""
+        (dtype,) = self.part_dtypes(row, None)
+        step = max(_BLOCK_BYTES // (row.part_shapes[0][1] * dtype.itemsize), 1)
+        for first in range(start, stop, step):
+            yield self.base.vocabulary_rows(row, first, min(first + step, stop)).to(dtype)
 
 
 def _squared_norm(tensor: torch.Tensor) -> float:

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.files import atomic_file, write_json
 from mindspeed_lora.weights.hf_files import INDEX_NAME, SAFETENSORS_DTYPES
-from mindspeed_lora.weights.torch_stream import tensor_bytes, write_at
+from mindspeed_lora.weights.torch_stream import Data, write_at, write_data
 
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -37,7 +36,7 @@ class HFTensorSpec:
 
 
 def write_hf_tensors(
-    folder: Path, specs: Sequence[HFTensorSpec], read: Callable[[int], Sequence[torch.Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
+    folder: Path, specs: Sequence[HFTensorSpec], read: Callable[[int], Sequence[Data]], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[Path]:
     """Write ``model.safetensors``, or several files and their index; ``read(group)`` returns a group's tensors in the specs' order.
 
@@ -75,7 +74,7 @@ def _split(specs: Sequence[HFTensorSpec], max_shard_bytes: int) -> list[list[HFT
     return shards
 
 
-def _write_file(path: Path, specs: Sequence[HFTensorSpec], read: Callable[[int], Sequence[torch.Tensor]]) -> None:
+def _write_file(path: Path, specs: Sequence[HFTensorSpec], read: Callable[[int], Sequence[Data]]) -> None:
     """8-byte length, JSON header padded to 8 bytes, data; wider dtypes lie first, so that every tensor is aligned."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, position = {}, 0
@@ -97,9 +96,6 @@ def _write_file(path: Path, specs: Sequence[HFTensorSpec], read: Callable[[int],
         for group in dict.fromkeys(spec.group for spec in specs):
             wanted = [spec for spec in specs if spec.group == group]
             for spec, tensor in zip(wanted, read(group), strict=True):
-                if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-                    raise CheckpointError(f"{spec.name}: is {tensor.dtype} {list(tensor.shape)}, expected {spec.dtype} {list(spec.shape)}")
-                if not tensor.is_meta:  # in a dry run the place stays empty
-                    write_at(descriptor, data_start + starts[spec.name], tensor_bytes(tensor))
+                write_data(descriptor, data_start + starts[spec.name], tensor, spec.shape, spec.dtype, spec.name, checksum=False)
     finally:
         os.close(descriptor)

@@ -21,7 +21,7 @@ _RANK_DIRECTORY = re.compile(r"^mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?$")
 _LOCAL_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..*)$")
 _LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 _GROUPED = re.compile(r"\.experts\.weight([12])(?:_lora_([ab]))?$")
-_REOPEN_AFTER_BYTES = 1 << 28
+_REOPEN_AFTER_BYTES = 1 << 27
 
 
 def is_expert_name(name: str) -> bool:

@@ -49,6 +49,10 @@ class Base(ABC):
             CheckpointError: one is missing or of another shape than the row's.
         """
 
+    def vocabulary_rows(self, row: Row, start: int, stop: int) -> torch.Tensor:
+        """Rows of an embedding or head, of which the others are not read (a mapped tensor's pages come as they are used)."""
+        return self.parts(row, None)[0][start:stop]
+
     @abstractmethod
     def part_dtypes(self, row: Row, layer: int | None) -> list[torch.dtype]:
         """dtype of each part, without reading it; Raises as :meth:`parts`."""
@@ -203,6 +207,18 @@ class MegatronBase(Base):
         self._check_shapes(row, layer, shards)
         self.folder.note_read(shards)
         return unshard(row, shards)
+
+    def vocabulary_rows(self, row: Row, start: int, stop: int) -> torch.Tensor:
+        """See the base class."""
+        shards = self._shards(row, None)
+        self._check_shapes(row, None, shards)
+        pieces, first = [], 0
+        for shard in shards:
+            pieces.append(shard[max(start - first, 0) : max(stop - first, 0)])
+            first += shard.shape[0]
+        pieces = [piece for piece in pieces if len(piece)]
+        self.folder.note_read(pieces)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def part_dtypes(self, row: Row, layer: int | None) -> list[torch.dtype]:
         """See the base class."""

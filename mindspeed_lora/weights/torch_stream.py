@@ -10,7 +10,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ from mindspeed_lora.errors import CheckpointError
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # zip: signature, versions and flags, crc, sizes, name and extra lengths
 _CENTRAL_HEADER_BYTES = 46
 _HAS_DESCRIPTOR = 0x08
+
+
+Data = torch.Tensor | Iterable[torch.Tensor]
+"""A tensor, or its blocks along dimension 0 one after another."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,11 @@ class _Record:
     central_crc: int
 
 
-def save_streamed(
-    path: Path, build: Callable[[Callable[[TensorSpec], torch.Tensor]], dict[str, Any]], read: Callable[[int], torch.Tensor]
-) -> None:
+def save_streamed(path: Path, build: Callable[[Callable[[TensorSpec], torch.Tensor]], dict[str, Any]], read: Callable[[int], Data]) -> None:
     """Write a ``.pt`` file tensor by tensor.
 
     ``build(placeholder)`` returns the dictionary to save, having called ``placeholder(spec)`` once per tensor, in the order in which
-    they are met; ``read(i)`` returns the i-th tensor's data when its turn comes.
+    they are met; ``read(i)`` returns the i-th tensor, or its blocks, when its turn comes.
 
     Raises:
         CheckpointError: the tensor read is of another shape or dtype than its spec.
@@ -68,12 +70,10 @@ def save_streamed(
     descriptor = os.open(path, os.O_RDWR)
     try:
         for index, (spec, record) in enumerate(zip(specs, records, strict=True)):
-            tensor = read(index)
-            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-                raise CheckpointError(
-                    f"{path}: tensor {index} is {tensor.dtype} {list(tensor.shape)}, laid out as {spec.dtype} {list(spec.shape)}"
-                )
-            _write_record(descriptor, record, tensor)
+            crc = write_data(descriptor, record.data, read(index), spec.shape, spec.dtype, f"{path}: tensor {index}")
+            for offset in (record.local_crc, record.descriptor_crc, record.central_crc):
+                if offset is not None:
+                    os.pwrite(descriptor, struct.pack("<L", crc), offset)
     finally:
         os.close(descriptor)
 
@@ -84,15 +84,31 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _write_record(descriptor: int, record: _Record, tensor: torch.Tensor) -> None:
-    if tensor.is_meta:  # a dry run: the place stays empty
-        return
-    data = tensor_bytes(tensor)
-    write_at(descriptor, record.data, data)
-    crc = struct.pack("<L", zlib.crc32(data))
-    for offset in (record.local_crc, record.descriptor_crc, record.central_crc):
-        if offset is not None:
-            os.pwrite(descriptor, crc, offset)
+def write_data(
+    descriptor: int, offset: int, data: Data, shape: tuple[int, ...], dtype: torch.dtype, where: str, checksum: bool = True
+) -> int:
+    """Write a tensor of ``shape`` and ``dtype`` at ``offset``, block by block, and return its CRC32 (0 without ``checksum``).
+
+    A block on the meta device (a dry run) leaves its place empty.
+
+    Raises:
+        CheckpointError: what comes is of another shape or dtype; the message begins with ``where``.
+    """
+    crc, rows, found = 0, 0, shape
+    for block in (data,) if isinstance(data, torch.Tensor) else data:
+        rows += block.shape[0] if block.dim() else 1
+        found = (rows, *block.shape[1:]) if block.dim() else ()
+        if found[1:] != shape[1:] or block.dtype != dtype:
+            raise CheckpointError(f"{where} is {block.dtype} {list(found)}, laid out as {dtype} {list(shape)}")
+        if block.is_meta:
+            continue
+        content = tensor_bytes(block)
+        write_at(descriptor, offset, content)
+        crc = zlib.crc32(content, crc) if checksum else 0
+        offset += len(content)
+    if found != shape or not rows:
+        raise CheckpointError(f"{where} is {dtype} {list(found)}, laid out as {dtype} {list(shape)}")
+    return crc
 
 
 def write_at(descriptor: int, offset: int, data: memoryview) -> None:
