@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.sources import Adapter, Base
 from mindspeed_lora.weights.table import Row
@@ -57,14 +58,32 @@ class WeightStream:
         return [self.dtype or dtype for dtype in self.base.part_dtypes(row, layer)]
 
     def parts(self, row: Row, layer: int | None) -> list[torch.Tensor]:
-        """The HF parts of one row, merged where the adapter targets it, each cast once."""
+        """The HF parts of one row, merged where the adapter targets it, each cast once.
+
+        Raises:
+            CheckpointError: one holds NaN or infinity (looked for when a row is read for the first time).
+        """
+        unseen = (row.megatron, layer) not in self.report.seen
+        self.report.seen.add((row.megatron, layer))
+        parts = self._parts(row, layer, unseen)
+        if unseen:
+            for name, part in zip(row.hf_names(layer), parts, strict=True):
+                self._check_finite(name, part)
+        return parts
+
+    def _check_finite(self, name: str, part: torch.Tensor) -> None:
+        smallest, largest = torch.aminmax(part)  # both are NaN where any element is
+        if not (math.isfinite(smallest) and math.isfinite(largest)):
+            cause = ", or does after the merge or the cast" if self.adapter is not None or self.dtype is not None else ""
+            raise CheckpointError(f"{self.base.path}: tensor {name} holds NaN or infinity{cause}; nothing is written")
+
+    def _parts(self, row: Row, layer: int | None, unseen: bool) -> list[torch.Tensor]:
         parts, dtypes = self.base.parts(row, layer), self.part_dtypes(row, layer)
         if self.adapter is None or self.lora is None or row.module not in self.lora.targets:
             return [part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
         matrix_a, matrices_b = self.adapter.lora_parts(row, layer)
         matrix_a = matrix_a.float()
         merged = []
-        unseen = (row.megatron, layer) not in self.report.seen
         scales = self.adapter.part_scales(row, layer, self.lora)
         for part, matrix_b, dtype, scale in zip(parts, matrices_b, dtypes, scales, strict=True):
             if not scale:
@@ -76,7 +95,6 @@ class WeightStream:
             if unseen:
                 self.report.add(row, delta, _squared_norm(total.sub_(result)))
             merged.append(result)
-        self.report.seen.add((row.megatron, layer))
         return merged
 
     def vocabulary_blocks(self, row: Row, start: int, stop: int) -> Iterator[torch.Tensor]:
@@ -84,7 +102,9 @@ class WeightStream:
         (dtype,) = self.part_dtypes(row, None)
         step = max(_BLOCK_BYTES // (row.part_shapes[0][1] * dtype.itemsize), 1)
         for first in range(start, stop, step):
-            yield self.base.vocabulary_rows(row, first, min(first + step, stop)).to(dtype)
+            block = self.base.vocabulary_rows(row, first, min(first + step, stop)).to(dtype)
+            self._check_finite(row.hf_names(None)[0], block)
+            yield block
 
 
 def _squared_norm(tensor: torch.Tensor) -> float:
