@@ -87,7 +87,7 @@ def test_the_cache_holds_what_preprocess_data_writes_and_is_used_again(
     log.clear()
     written = (prefix.parent / "data_packed_labels_document.bin").stat().st_mtime_ns
     assert plan(workspace, tmp_path / "cache", **PACKED, data__workers=2).dataset.prefix == prefix
-    assert "preprocessed before" in log.text and "20 of 20 records" in log.text and "records read" not in log.text
+    assert "preprocessed before" in log.text and "20 of 20 records" in log.text and "preprocessing it" not in log.text
     assert (prefix.parent / "data_packed_labels_document.bin").stat().st_mtime_ns == written
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [prefix.parent.name]  # nothing temporary is left
 
@@ -171,7 +171,7 @@ def test_a_waiting_process_gets_the_folder_or_the_error(
             outcome.append(str(error))
 
     as_rank(monkeypatch, 1)
-    waiting = threading.Thread(target=waits)
+    waiting = threading.Thread(target=waits, daemon=True)
     waiting.start()
     waiting.join(0.5)
     assert waiting.is_alive() and not outcome
