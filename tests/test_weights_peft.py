@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conversion_helpers import load_folder, run_convert
+from conversion_helpers import load_folder, random_lora, run_convert
 from helpers import tiny_qwen3
+from safetensors.torch import load_file
 
 from mindspeed_lora.errors import CheckpointError
+from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.peft_files import write_peft_adapter
 from mindspeed_lora.weights.sources import open_adapter, open_base
 from mindspeed_lora.weights.table import WeightTable
 
@@ -86,3 +89,22 @@ def test_such_an_adapter_is_merged_and_not_gone_on_with(case: str, reason: str, 
         open_adapter(tmp_path / "peft").require_uniform("go on with it")
     with pytest.raises(CheckpointError, match="cannot export it"):
         run_convert("hf", "hf", tmp_path / "peft", tmp_path / "out", save_lora_to_hf=True, hf_cfg_dir=hf)
+
+
+CUT = dict(target_tensor_parallel_size=2, target_pipeline_parallel_size=2, layers_per_virtual_stage=1)
+
+
+@pytest.mark.parametrize("layout", [{}, CUT])
+def test_a_peft_adapter_becomes_a_megatron_adapter_and_comes_back(layout: dict[str, Any], tmp_path: Path) -> None:
+    hf = tiny_qwen3(tmp_path / "hf")
+    table, spec = WeightTable(open_base(hf).model_config), LoraSpec(4, 6.0, ("linear_qkv", "linear_proj", "linear_fc1"))
+    write_peft_adapter(tmp_path / "peft", table, spec, random_lora(table, spec), hf)
+    run_convert("hf", "mg", tmp_path / "peft", tmp_path / "mg", hf_cfg_dir=hf, **layout)
+    adapter = open_adapter(tmp_path / "mg")
+    assert adapter.lora == spec and adapter.base_reference == {"path": str(hf), "fingerprint": None}
+    run_convert("mg", "hf", tmp_path / "mg", tmp_path / "again", save_lora_to_hf=True, hf_cfg_dir=hf)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again"))
+    assert set(one) == set(two) and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    make_adapter(hf, tmp_path / "foreign", **CASES["every A its own"])
+    with pytest.raises(CheckpointError, match="cannot write it as a Megatron adapter"):
+        run_convert("hf", "mg", tmp_path / "foreign", tmp_path / "out", hf_cfg_dir=hf)

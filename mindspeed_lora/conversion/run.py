@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mindspeed_lora.arguments.configs import ConvertConfig, InspectConfig
+from mindspeed_lora.conversion.adapter_to_megatron import import_adapter, is_adapter_folder
 from mindspeed_lora.conversion.dry_run import ShapeStream, forecast, peak_memory, report, resident_bytes
 from mindspeed_lora.conversion.hf_to_megatron import write_megatron
 from mindspeed_lora.conversion.inspect import inspect
@@ -38,6 +39,8 @@ def convert(config: ConvertConfig | InspectConfig) -> int:
     check_flags(config)
     if config.save_lora_to_hf:
         return export_adapter(config)
+    if config.save_model_type == "mg" and config.load_model_type == "hf" and is_adapter_folder(config.load_dir):
+        return import_adapter(config)
     target = hf_target(config.save_dir) if config.save_model_type == "hf" else megatron_target(config.save_dir)
     plan = make_plan(config)
     stream = WeightStream(plan.base, plan.adapter, plan.lora, plan.dtype)

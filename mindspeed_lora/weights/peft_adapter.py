@@ -27,7 +27,7 @@ from mindspeed_lora.weights.rows import ROWS
 from mindspeed_lora.weights.table import Row, WeightTable, split_hf_layer
 
 _TENSOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])\.(?:default\.)?weight$")
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,18 @@ class PeftAdapter(Adapter):
     def _parts(self, row: Row, layer: int | None) -> list[_Module | None]:
         return [self._modules.get(name.removesuffix(".weight")) for name in row.hf_names(layer)]
 
+    def _fused_with(self, module: _Module) -> tuple[str, ...]:
+        """Names of the linears that lie in one Megatron tensor with a module, itself among them."""
+        latent = any(name.endswith(".kv_a_proj_with_mqa") for name in self._modules)
+        expert = _EXPERT.search(module.name)
+        for spec in ROWS:
+            if spec.module is None or (latent != any("kv_a_proj_with_mqa" in name for name in spec.hf) and spec.module == "linear_qkv"):
+                continue
+            names = tuple(name.format(layer=module.layer, expert=expert[1] if expert else None).removesuffix(".weight") for name in spec.hf)
+            if module.name in names:
+                return names
+        return (module.name,)
+
     def part_scales(self, row: Row, layer: int | None, lora: LoraSpec) -> list[float]:
         """See the base class; the modules' own scales (``lora`` repeats the folder's r and alpha)."""
         return [module.scale if module else 0.0 for module in self._parts(row, layer)]
@@ -150,15 +162,13 @@ class PeftAdapter(Adapter):
         for module in self._modules.values():
             if module.r != self.found_r or self.lora is None or not math.isclose(module.scale, self.lora.scale):
                 return f"{module.name} has r {module.r} and scale {module.scale:g}, others have r {self.found_r}"
-        for spec in ROWS:
-            for layer in {module.layer for module in self._modules.values()} if spec.module and len(spec.hf) > 1 else ():
-                names = [name.format(layer=layer, expert=0).removesuffix(".weight") for name in spec.hf]
-                found = [self._modules[name] for name in names if name in self._modules]
-                if found and len(found) != len(names):
-                    return f"{found[0].name} is adapted, but {', '.join(sorted(set(names) - {each.name for each in found}))} is not"
-                first = [module.a.read() for module in found if module.a is not None]
-                if any(not torch.equal(matrix, first[0]) for matrix in first):
-                    return f"{', '.join(module.name for module in found)} have different A"
+        for names in {self._fused_with(module) for module in self._modules.values()}:
+            found = [self._modules[name] for name in names if name in self._modules]
+            if len(found) != len(names):
+                return f"{found[0].name} is adapted, but {', '.join(sorted(set(names) - {each.name for each in found}))} is not"
+            first = [module.a.read() for module in found if module.a is not None]
+            if any(matrix.shape != first[0].shape or not torch.equal(matrix, first[0]) for matrix in first):
+                return f"{', '.join(module.name for module in found)} have different A"
         return None
 
     def require_uniform(self, purpose: str) -> None:
