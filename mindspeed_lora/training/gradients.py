@@ -61,7 +61,8 @@ class FlatGradients:
     def reduce(self) -> None:
         """Sum over TP (partial ones), over DP, and over the two copies of a tied embedding. Collective, once per step.
 
-        The tied sum comes last where the whole buffer is reduced, which keeps both copies equal to the bit.
+        The tied sum comes after the DP sum: a sum over two is the same in either order, so both copies stay equal to the
+        bit. Where the buffer is scattered, the tied range is therefore summed whole first and then sent by one rank only.
         """
         if not self.buffer.numel():
             return
@@ -69,7 +70,7 @@ class FlatGradients:
         if end > start:
             all_reduce(self.buffer[start:end], self.context.tp_group)
         if self.sharded:
-            self._reduce_tied()
+            self._reduce_tied_before_scatter()
             self.own.copy_(reduce_scatter_dim0(self.buffer, self.context.dp_group))
         else:
             all_reduce(self.buffer, self.context.dp_group)
@@ -79,6 +80,14 @@ class FlatGradients:
         for item in self.layout.parameters:
             if item.tied:
                 all_reduce(self.layout.view(self.buffer, item), self.context.embedding_group)
+
+    def _reduce_tied_before_scatter(self) -> None:
+        tied = [self.layout.view(self.buffer, item) for item in self.layout.parameters if item.tied]
+        for gradient in tied:
+            all_reduce(gradient, self.context.dp_group)
+        self._reduce_tied()
+        for gradient in tied if self.context.dp_rank > 0 else []:
+            gradient.zero_()
 
     def norm(self) -> float:
         """L2 norm over the whole model, every parameter counted once. Collective over the model group."""
