@@ -85,12 +85,10 @@ class _RankWriter:
 
     def _vocabulary_blocks(self, row: Row) -> Iterator[torch.Tensor]:
         """This rank's rows of an embedding or head; copies of the last row pad the vocabulary."""
-        rank, size = self._cut(row)
-        rows, count = self.table.local_shape(row, size)[0], row.part_shapes[0][0]
-        start = min(rank * rows, count)
-        stop = min(start + rows, count)
+        start, stop, missing = self.table.vocabulary_range(row, *self._cut(row))
         yield from self.stream.vocabulary_blocks(row, start, stop)
-        if missing := rows - (stop - start):
+        if missing:
+            count = row.part_shapes[0][0]
             for last in self.stream.vocabulary_blocks(row, count - 1, count):
                 yield last.expand(missing, -1)
 

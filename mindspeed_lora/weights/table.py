@@ -313,7 +313,7 @@ class WeightTable:
         if row.axis == 1:
             return parts[0].chunk(tp_size, dim=1)[tp_rank].contiguous()
         if row.padded:
-            return self._vocabulary_shard(parts[0], tp_rank, tp_size)
+            return self._vocabulary_shard(row, parts[0], tp_rank, tp_size)
         local = [part.chunk(tp_size)[tp_rank] for part in parts]
         return _interleave(local, max(row.units(tp_size) // tp_size, 1)).contiguous()
 
@@ -326,10 +326,15 @@ class WeightTable:
         missing = self.config.padded_vocab_size - parts[0].shape[0] if row.padded else 0
         return [torch.cat([parts[0], parts[0][-1:].expand(missing, -1)])] if missing > 0 else parts
 
-    def _vocabulary_shard(self, part: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
-        size = self.config.padded_vocab_size // tp_size
-        own = part[tp_rank * size : (tp_rank + 1) * size]
-        missing = size - own.shape[0]
+    def vocabulary_range(self, row: Row, tp_rank: int, tp_size: int) -> tuple[int, int, int]:
+        """(start, stop, missing): one rank's own rows of an embedding or head, and the copies of the last row that pad its shard."""
+        size, count = self.config.padded_vocab_size // tp_size, row.part_shapes[0][0]
+        start, stop = min(tp_rank * size, count), min((tp_rank + 1) * size, count)
+        return start, stop, size - (stop - start)
+
+    def _vocabulary_shard(self, row: Row, part: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
+        start, stop, missing = self.vocabulary_range(row, tp_rank, tp_size)
+        own = part[start:stop]
         return torch.cat([own, part[-1:].expand(missing, -1)]) if missing else own.contiguous()
 
     def check_tensor_parallel(self, tp_size: int) -> None:
