@@ -80,3 +80,9 @@ def test_the_refusals_are_the_same(hf: Path, tmp_path: Path, monkeypatch: pytest
 def test_the_flag_reaches_the_config(hf: Path) -> None:
     line = ["--load-model-type", "hf", "--save-model-type", "mg", "--load-dir", str(hf), "--save-dir", "out"]
     assert parse(CONVERT, [*line, "--dry-run"])[0].dry_run and not parse(CONVERT, line)[0].dry_run
+
+
+def test_importing_an_adapter_writes_nothing_either(hf: Path, lora: Path, tmp_path: Path) -> None:
+    run_convert("hf", "hf", hf, tmp_path / "peft", lora_load=lora, save_lora_to_hf=True)
+    assert run_convert("hf", "mg", tmp_path / "peft", tmp_path / "out", hf_cfg_dir=hf, dry_run=True) == 0
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mindspeed_lora.arguments.configs import ConvertConfig
+from mindspeed_lora.conversion.dry_run import forecast, report, resident_bytes
 from mindspeed_lora.conversion.output import megatron_target, staged_folder
 from mindspeed_lora.conversion.plan import PARAMS_DTYPES, adapter_values, config_candidates, target_layout
 from mindspeed_lora.errors import CheckpointError, UsageError
@@ -82,7 +83,8 @@ def import_adapter(config: ConvertConfig) -> int:
     row, layer = table.target_entries(lora.targets)[0]
     args = megatron_args(table.config, layout, dtype or adapter.lora_parts(row, layer)[0].dtype, lora, IMPORTED_ITERATION)
     tp_size, pp_size = layout.tensor_parallel_size, layout.pipeline_parallel_size
-    with staged_folder(target) as staging:
+
+    def write(staging: Path) -> None:
         iteration_dir = staging / iteration_directory_name(IMPORTED_ITERATION)
         for stage, chunks in enumerate(stages):
             for tp_rank in range(tp_size):
@@ -93,6 +95,11 @@ def import_adapter(config: ConvertConfig) -> int:
                 write_rank_file(iteration_dir, tp_rank, stage, tp_size, pp_size, models, args, IMPORTED_ITERATION)
         _describe(iteration_dir, adapter, lora, table, layout)
         write_tracker(staging, IMPORTED_ITERATION)
+
+    if config.dry_run:
+        return report(forecast(target, write, resident_bytes()))
+    with staged_folder(target) as staging:
+        write(staging)
     get_logger().info("wrote %s: Megatron adapter, r %d, alpha %g, %s", target, lora.r, lora.alpha, " ".join(lora.targets))
     return 0
 
