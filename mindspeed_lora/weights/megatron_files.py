@@ -128,10 +128,26 @@ def megatron_args(
     config: ModelConfig, layout: Layout, dtype: torch.dtype, lora: LoraSpec | None = None, iteration: int = 1
 ) -> argparse.Namespace:
     """The ``args`` that Megatron's ``check_checkpoint_args`` and ``--use-checkpoint-args`` read: plain values only."""
-    stages = layout.pipeline_parallel_size
     slots = config.num_layers + len(layout.noop_layers)
-    chunks = slots // stages // (layout.layers_per_virtual_stage or slots // stages)
-    shape = dict(
+    run = dict(
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        params_dtype=dtype,
+        ckpt_format="torch",
+        use_dist_ckpt=False,
+        iteration=iteration,
+        consumed_train_samples=0,
+        skipped_train_samples=0,
+        consumed_valid_samples=0,
+        lora_target_modules=list(lora.targets) if lora else [],
+        lora_r=lora.r if lora else 16,
+        lora_alpha=lora.alpha if lora else 32,
+    )
+    return argparse.Namespace(**_model_args(config, slots), **_layout_args(layout, slots), **run)
+
+
+def _model_args(config: ModelConfig, slots: int) -> dict[str, Any]:
+    return dict(
         num_layers=slots,
         encoder_num_layers=slots,
         hidden_size=config.hidden_size,
@@ -168,7 +184,12 @@ def megatron_args(
         transformer_impl="local",
         use_mcore_models=True,
     )
-    run = dict(
+
+
+def _layout_args(layout: Layout, slots: int) -> dict[str, Any]:
+    stages = layout.pipeline_parallel_size
+    chunks = slots // stages // (layout.layers_per_virtual_stage or slots // stages)
+    return dict(
         tensor_model_parallel_size=layout.tensor_parallel_size,
         pipeline_model_parallel_size=stages,
         transformer_pipeline_model_parallel_size=stages,
@@ -183,20 +204,7 @@ def megatron_args(
         context_parallel_size=1,
         data_parallel_random_init=False,
         world_size=layout.tensor_parallel_size * stages,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        params_dtype=dtype,
-        ckpt_format="torch",
-        use_dist_ckpt=False,
-        iteration=iteration,
-        consumed_train_samples=0,
-        skipped_train_samples=0,
-        consumed_valid_samples=0,
-        lora_target_modules=list(lora.targets) if lora else [],
-        lora_r=lora.r if lora else 16,
-        lora_alpha=lora.alpha if lora else 32,
     )
-    return argparse.Namespace(**shape, **run)
 
 
 def _joined(numbers: tuple[int, ...] | None) -> str | None:

@@ -39,8 +39,13 @@ def write_peft_adapter(
     named: dict[str, torch.Tensor] = {}
     for (row, layer), (matrix_a, matrices_b) in tensors.items():
         a_row, b_row = table.lora_pair(row)
-        named.update({name: matrix_a.detach().cpu().clone() for name in a_row.hf_names(layer)})
-        named.update({name: part.detach().cpu().clone() for name, part in zip(b_row.hf_names(layer), matrices_b, strict=True)})
+        named.update({name: matrix_a.detach().cpu().clone(memory_format=torch.contiguous_format) for name in a_row.hf_names(layer)})
+        named.update(
+            {
+                name: part.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, part in zip(b_row.hf_names(layer), matrices_b, strict=True)
+            }
+        )
     with atomic_file(folder / ADAPTER_FILE_NAME) as temporary:
         save_file(named, temporary, metadata={"format": "pt"})
     write_json(folder / ADAPTER_CONFIG_NAME, _adapter_config(table, lora, base_path))
