@@ -168,12 +168,13 @@ class MegatronFolder:
 
         tp_size = size("tensor_model_parallel_size", self.tp_size)
         extends = bool(getattr(self.args, "moe_tp_extend_ep", False))
+        has_experts = getattr(self.args, "num_experts", None)
         return Layout(
             tensor_parallel_size=tp_size,
             pipeline_parallel_size=size("pipeline_model_parallel_size", self.pp_size),
             noop_layers=noop_numbers(getattr(self.args, "noop_layers", None)),
             expert_parallel_size=size("expert_model_parallel_size", 1 + max(ep for _, _, ep in self._files)),
-            expert_tensor_parallel_size=getattr(self.args, "expert_tensor_parallel_size", None),
+            expert_tensor_parallel_size=getattr(self.args, "expert_tensor_parallel_size", None) if has_experts else None,
             experts_over_tensor_ranks=extends,
             grouped_gemm=bool(getattr(self.args, "moe_grouped_gemm", False)),
         )

@@ -112,7 +112,7 @@ def _resolve_all(config: ModelConfig) -> list[Row]:
             rows.append(_resolve(spec, config))
         elif spec is routed[0] and config.experts is not None:
             rows += [_resolve(each, config, expert) for expert in range(config.experts.count) for each in routed]
-    return rows
+    return [row for row in rows if row.layers is None or row.layers]
 
 
 def adapter_rows(base: Row) -> tuple[LoraRow, LoraRow]:
@@ -346,7 +346,7 @@ class WeightTable:
         config = self.config
         sizes = {
             "num_query_groups": config.num_query_groups,
-            "ffn_hidden_size": config.ffn_hidden_size,
+            "ffn_hidden_size": config.ffn_hidden_size if any(not config.has_experts(n) for n in range(config.num_layers)) else 0,
             "padded_vocab_size": config.padded_vocab_size,
         }
         if tp_size < 1:
