@@ -43,10 +43,16 @@ EXPERT_FLAGS = [
 LATENT_FLAGS = [
     *refused("q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim index-topk index-n-heads", MODELS, LATENT, TEXT),
     *refused(
-        "multi-latent-attention mla-mm-split mla-fa-without-pad enable-dsa-indexer use-fused-lightning-indexer enable-mla-scale-q-lora "
+        "multi-latent-attention mla-fa-without-pad enable-dsa-indexer use-fused-lightning-indexer enable-mla-scale-q-lora "
         "enable-mla-scale-kv-lora",
         MODELS,
         LATENT,
+    ),
+    *refused("mla-mm-split", RUNS, LATENT),
+    *refused(
+        "mla-mm-split",
+        (CONVERT,),
+        "latent attention's up-projections are written whole, as without this flag; leave it out here and in training",
     ),
     *refused("mtp-num-layers", RUNS, MTP, TEXT),
     *refused("mtp-loss-scaling-factor", MODELS, MTP, TEXT),
@@ -97,7 +103,7 @@ RUN_FLAGS = [
     *refused("alternative-prompt", (EVALUATE,), "prompts and scores are lm-evaluation-harness's own; leave it out"),
     *refused("history-turns", (INFER,), CHAT, TEXT),
     *refused("load-checkpoint-loosely", RUNS, "a missing or unknown tensor is always an error; leave it out"),
-    *refused("hidden-size", (CONVERT,), "the model's sizes come from config.json; leave it out", TEXT),
+    *refused("hidden-size num-layers", (CONVERT,), "the model's sizes come from config.json; leave it out", TEXT),
     *refused("nproc_per_node nnodes node_rank master_addr master_port local-rank local_rank", COMMANDS, TORCHRUN, TEXT),
 ]
 
