@@ -61,7 +61,10 @@ class _Records:
 
     def pickle(self) -> bytes:
         """The pickled dictionary."""
-        return self.archive.read(self.prefix + "data.pkl")
+        name = self.prefix + "data.pkl"
+        if self.infos[name].compress_type != zipfile.ZIP_STORED:
+            raise ValueError("its data.pkl is compressed, which torch never does")
+        return self.archive.read(name)
 
     def storage(self, key: str, num_bytes: int) -> torch.UntypedStorage:
         """The mapped bytes of one storage."""
