@@ -264,6 +264,14 @@ def test_configurations_that_are_not_computed_here(change: dict[str, Any], messa
         model_config_from_dict({**LLAMA, **change})
 
 
+def test_a_mistral_that_names_no_window_has_that_of_transformers() -> None:
+    mistral = {**LLAMA, "model_type": "mistral"}
+    assert model_config_from_dict(mistral).sliding_window == 4096
+    assert model_config_from_dict({**mistral, "sliding_window": None}).sliding_window is None
+    assert model_config_from_dict({**mistral, "sliding_window": 7}).sliding_window == 7
+    assert model_config_from_dict({**LLAMA, "sliding_window": 7}).sliding_window is None
+
+
 def test_model_type_hf_names_a_layout() -> None:
     llama = model_config_from_dict(LLAMA)
     qwen2 = model_config_from_dict({**LLAMA, "model_type": "qwen2"})

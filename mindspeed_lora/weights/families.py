@@ -27,6 +27,8 @@ class Family:
     qkv_bias: bool = False
     default_rotary_base: float = 10000.0  # of the transformers config class, where config.json does not say
     default_kv_channels: int | None = None  # likewise; None: hidden size / heads
+    windowed: bool = False  # sliding_window of config.json holds in every layer
+    default_sliding_window: int | None = None  # of the transformers config class
     experts: Callable[[Mapping[str, Any]], ExpertShape | None] | None = None  # reads a config.json; None: a dense family
     latent: bool = False  # multi-head latent attention
 
@@ -37,8 +39,8 @@ FAMILIES = {
         Family("qwen3", ("qwen3",), qk_layernorm=True, default_kv_channels=128),
         Family("llama", ("llama2", "llama", "llama3")),
         Family("qwen2", ("llama2", "qwen2", "qwen25"), qkv_bias=True),
-        Family("mistral", ("llama2", "mistral")),
-        Family("mixtral", ("mixtral",), experts=mixtral_experts),
+        Family("mistral", ("llama2", "mistral"), windowed=True, default_sliding_window=4096),
+        Family("mixtral", ("mixtral",), windowed=True, experts=mixtral_experts),
         Family("qwen2_moe", ("qwen2-moe",), qkv_bias=True, experts=qwen_experts),
         Family("qwen3_moe", ("qwen3-moe",), qk_layernorm=True, default_kv_channels=128, experts=qwen_experts),
         Family("deepseek_v2", ("deepseek2", "deepseek2-lite"), experts=deepseek_experts, latent=True),
@@ -107,7 +109,7 @@ def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json
         qkv_bias=bool(values.get("qkv_bias", True)) and family.qkv_bias,
         tied_embeddings=bool(values.get("tie_word_embeddings", False)),
         max_position_embeddings=values.get("max_position_embeddings"),
-        sliding_window=values.get("sliding_window") if model_type in ("mistral", "mixtral") else None,
+        sliding_window=values.get("sliding_window", family.default_sliding_window) if family.windowed else None,
         dtype=dtype if dtype in DTYPES else "float32",
         experts=_experts(values, family, source),
         latent=latent,
