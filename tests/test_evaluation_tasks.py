@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,27 @@ def test_work_comes_back_in_order_and_progress_reaches_the_total() -> None:
     seen: list[int] = []
     replicas = Replicas({"double": lambda items: (2 * item for item in items)}, None, 0, 1)
     assert replicas.map("double", [3, 1, 2], seen.append) == [6, 2, 4] and sum(seen) == 3
+
+
+def test_after_an_error_amid_the_work_nothing_more_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other drivers wait for this one's share and would not read it: the process would hang instead of failing."""
+    from mindspeed_lora.evaluation import replicas as module
+
+    sent: list[object] = []
+    monkeypatch.setattr(module, "broadcast_object", lambda value, source, group: sent.append(value))
+
+    def out_of_memory(items: Sequence[int]) -> Iterator[int]:
+        yield items[0]
+        raise RuntimeError("out of memory")
+
+    work = Replicas({"good": iter, "bad": out_of_memory}, None, 0, 1)
+    assert work.map("good", [1, 2], lambda done: None) == [1, 2]
+    work.release()
+    assert sent == [("good", [1, 2]), None]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        work.map("bad", [1, 2], lambda done: None)
+    work.release()
+    assert sent[2:] == [("bad", [1, 2])]
 
 
 def test_a_generation_ends_at_the_first_stop_text() -> None:

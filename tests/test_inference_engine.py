@@ -183,6 +183,26 @@ def test_a_driver_that_crashes_releases_its_workers(pool: ProcessPool) -> None:
     assert pool.run(crash_cell, 2, shared_data() / "stories260k" / "hf") == [(-1, "our own mistake"), (1, "")]
 
 
+def crash_inside_an_order_cell(folder: Path) -> int:
+    """As out of memory on the driver: its worker is in a collective of the model, and would read no message."""
+    from mindspeed_lora.inference.executor import Executor
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    def work(engine: Engine) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Executor, "_forward", fail)
+            engine.forward(torch.tensor([[1, 2, 3]]))
+
+    return lead(open_session(config_for(folder, 2, 1), all_replicas=False), work)
+
+
+def test_a_driver_that_crashes_inside_an_order_does_not_wait_for_its_workers(pool: ProcessPool) -> None:
+    with pytest.raises(RankError, match="out of memory"):
+        pool.run(crash_inside_an_order_cell, 2, shared_data() / "stories260k" / "hf", timeout=30)
+
+
 def missing_cell(folder: Path) -> tuple[int, str]:
     import os
 

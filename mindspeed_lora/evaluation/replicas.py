@@ -18,11 +18,13 @@ class Replicas:
 
     def __init__(self, handlers: dict[str, Handler], drivers: Group, rank: int, size: int) -> None:
         self._handlers, self._drivers, self._rank, self._size = handlers, drivers, rank, size
+        self._broken = False  # work was dealt out and not collected
 
     def map(self, kind: str, items: Sequence[Any], progress: Callable[[int], None]) -> list[Any]:
         """First driver: the result of every item, in order. Item i is done by replica i modulo their number, so items
         sorted by length are spread evenly. ``progress`` is told of items done, the other replicas' share estimated.
         """
+        self._broken = True
         broadcast_object((kind, items), 0, self._drivers)
         own = []
         for result in self._handlers[kind](items[:: self._size]):
@@ -30,6 +32,7 @@ class Replicas:
             progress(min(self._size, len(items) - self._size * (len(own) - 1)))
         results: list[Any] = [None] * len(items)
         shares: list[Any] = gather_objects(own, self._drivers)
+        self._broken = False
         for rank, share in enumerate(shares):
             results[rank :: self._size] = share
         return results
@@ -41,5 +44,8 @@ class Replicas:
             gather_objects(list(self._handlers[kind](items[self._rank :: self._size])), self._drivers)
 
     def release(self) -> None:
-        """First driver: no more work."""
-        broadcast_object(None, 0, self._drivers)
+        """First driver: no more work. After an error amid :meth:`map` nothing is sent: the others would not read it, they wait for
+        this driver's share until its process ends.
+        """
+        if not self._broken:
+            broadcast_object(None, 0, self._drivers)

@@ -2,7 +2,8 @@
 
 The driver (tp rank 0, pp rank 0 of a replica) is the only rank with random state, a tokenizer's output, or a user. Each
 call sends a message to the workers, does the driver's own part, and returns the result. A worker needs nothing but
-:func:`serve`. When the driver ends, for whatever reason, :meth:`Engine.stop` releases the workers.
+:func:`serve`. When the driver's work ends, :meth:`Engine.stop` releases the workers; where it broke off inside an order (out
+of memory, say) they are inside that order too and read no message, so nothing is sent: the driver dies, and they with it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Engine:
         self._executor = Executor(stage, context, channels)
         self._context, self._replica = context, channels.replica
         self._stopped = False
+        self._broken = False  # an order was begun and not carried out
         self._cached_rows = 0
         self.vocab_size: int = stage.config.vocab_size
         self.device: torch.device = context.device
@@ -37,8 +39,17 @@ class Engine:
         return self._executor.cache.length
 
     def _order(self, message: Message) -> torch.Tensor | Scores | None:
+        self._broken = True
         send_message(message, self._replica)
-        return self._executor.execute(message)
+        result = self._executor.execute(message)
+        self._broken = False
+        return result
+
+    def _collect(self, message: Message) -> torch.Tensor | Scores:
+        self._broken = True
+        result = self._executor.collect(message)
+        self._broken = False
+        return result
 
     def forward(self, ids: torch.Tensor, real: torch.Tensor | None = None, use_cache: bool = False, keep_last: int = 1) -> torch.Tensor:
         """Logits of the last ``keep_last`` positions.
@@ -56,7 +67,7 @@ class Engine:
         self._cached_rows = ids.shape[0] if use_cache else self._cached_rows
         message = Message(Operation.FORWARD, ids.cpu(), real, use_cache, Output.LOGITS, keep_last)
         result = self._order(message)
-        result = self._executor.collect(message) if result is None else result
+        result = self._collect(message) if result is None else result
         assert isinstance(result, torch.Tensor)
         return result
 
@@ -82,7 +93,7 @@ class Engine:
             yield self._fetch(under_way.popleft())
 
     def _fetch(self, message: Message) -> Scores:
-        scores = self._executor.collect(message)
+        scores = self._collect(message)
         assert isinstance(scores, Scores)
         return scores
 
@@ -104,8 +115,8 @@ class Engine:
             self._order(Message(Operation.RESET))
 
     def stop(self, exit_code: int = 0) -> None:
-        """Release the workers; they return ``exit_code``."""
-        if not self._stopped:
+        """Release the workers; they return ``exit_code``. Nothing after an order that broke off: see the module."""
+        if not self._stopped and not self._broken:
             self._stopped = True
             try:
                 send_message(Message(Operation.STOP, value=exit_code), self._replica)
