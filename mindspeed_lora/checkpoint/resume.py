@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from mindspeed_lora.checkpoint.resume_reader import INDEX_FILE, IndexedReader, read_index
 from mindspeed_lora.device import rng_state, set_rng_state
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.files import write_json
@@ -139,9 +140,15 @@ def write_resume(
             with _quiet():
                 dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=context.world_size == 1)
         except CheckpointException as error:
-            raise CheckpointError(f"{folder}: {error}") from error
+            raise CheckpointError(f"{folder}: {_causes(error)}") from error
     if context.rank == 0:
         write_json(folder / STATE_FILE, {**asdict(state), "world_size": context.world_size})
+
+
+def _causes(error: CheckpointException) -> str:
+    """The ranks' errors without their tracebacks."""
+    causes = {rank: cause for rank, (cause, _) in error.failures.items()}
+    return "; ".join(f"rank {rank}: {type(cause).__name__} {cause}".rstrip() for rank, cause in sorted(causes.items()))
 
 
 @contextmanager
@@ -156,10 +163,10 @@ def _load(folder: Path, wanted: dict[str, torch.Tensor], context: ParallelContex
     """Fill ``wanted`` in place; Raises CheckpointError where a file is damaged. Collective."""
     try:
         with _quiet():
-            dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=context.world_size == 1)
+            dcp.load(wanted, storage_reader=IndexedReader(folder), no_dist=context.world_size == 1)
     except CheckpointException as error:
         raise CheckpointError(
-            f"{folder}: the training state cannot be read ({error}); pass --no-load-optim --no-load-rng, or --finetune"
+            f"{folder}: the training state cannot be read ({_causes(error)}); pass --no-load-optim --no-load-rng, or --finetune"
         ) from error
 
 
@@ -185,10 +192,9 @@ def has_training_state(iteration_folder: Path) -> bool:
 
 
 def _stored_sizes(folder: Path) -> dict[str, tuple[int, ...]]:
-    if not (folder / ".metadata").is_file():
+    if not (folder / INDEX_FILE).is_file():
         return {}
-    metadata = dcp.FileSystemReader(folder).read_metadata()
-    return {name: tuple(getattr(entry, "size", ())) for name, entry in metadata.state_dict_metadata.items()}
+    return {name: tuple(getattr(entry, "size", ())) for name, entry in read_index(folder).state_dict_metadata.items()}
 
 
 def restore_optimizer(folder: Path, optimizer: OptimizerState, steps: int, table: WeightTable, context: ParallelContext) -> None:
