@@ -123,12 +123,15 @@ def check_save_folder(save: Path | None, start: StartPoint) -> None:
     """Refuse to write into a save folder in use, unless this run continues that very folder.
 
     Raises:
-        UsageError: the folder belongs to another run, or is a file.
+        UsageError: the folder belongs to another run, is a file, or cannot be written.
     """
     if save is None:
         return
     if save.exists() and not save.is_dir():
         raise UsageError(f"--save {save} is a file; give a folder")
+    existing = next(folder for folder in (save.absolute(), *save.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"--save {save}: nothing can be written into {existing}; give a folder that you may write to")
     tracker = save / TRACKER_NAME
     if not tracker.is_file():
         return

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mindspeed_lora.errors import UsageError
+from mindspeed_lora.errors import DataError, UsageError
 from mindspeed_lora.files import write_text
 from mindspeed_lora.log import get_logger
 
@@ -100,7 +100,10 @@ class Recorder:
     def __init__(self, folder: Path | None, tensorboard_dir: Path | None, start: int) -> None:
         self._metrics: Path | None = None
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"--save {folder}: the folder cannot be made ({error}); give one that you may write to") from error
             self._metrics = folder / METRICS_NAME
             self._drop_after(start)
         self._writer = _summary_writer(tensorboard_dir, start) if tensorboard_dir is not None else None
@@ -109,9 +112,15 @@ class Recorder:
         if self._metrics is None or not self._metrics.is_file():
             return
         lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+        kept = [line for line in lines if line.endswith("\n") and self._iteration_of(line) <= iteration]
         if len(kept) < len(lines):
             write_text(self._metrics, "".join(kept))
+
+    def _iteration_of(self, line: str) -> int:
+        try:
+            return int(json.loads(line)["iteration"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self._metrics}: not a line of this program: {line.strip()[:80]!r}; remove the line or the file") from error
 
     def add(self, iteration: int, record: dict[str, Any], scalars: dict[str, float]) -> None:
         """Append a line and the scalars."""
