@@ -119,14 +119,17 @@ class ParallelLM(TemplateLM):
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         plan, num_cut = plan_rows(pairs, self.max_length)
-        if num_cut:
-            get_logger().warning(
-                f"{num_cut} of {len(pairs)} requests are longer than {self.max_length} tokens and lose their beginning; "
-                "fewer examples (--num-fewshot) would help"
-            )
+        self._warn_of_cut(num_cut, len(pairs))
         batches = [plan.rows[start : start + self.batch_size] for start in range(0, len(plan.rows), self.batch_size)]
         results: list[list[RowScores]] = self._map("score", batches, len(plan.rows), "scoring")
         return collect_answers(plan, [score for batch in results for score in batch], len(pairs))
+
+    def _warn_of_cut(self, num_cut: int, count: int) -> None:
+        if num_cut:
+            get_logger().warning(
+                f"{num_cut} of {count} requests are longer than {self.max_length} tokens and lose their beginning; "
+                "fewer examples (--num-fewshot) would help"
+            )
 
     def _map(self, kind: str, batches: Sequence[Any], total: int, description: str) -> list[Any]:
         with tqdm(total=total, desc=description, unit="item", file=self._progress_out) as bar:
@@ -149,6 +152,7 @@ class ParallelLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first of the task's stop texts."""
         prepared = [(index, self._prompt_ids(request), *self._settings(request.args[1])) for index, request in enumerate(requests)]
+        self._warn_of_cut(sum(len(ids) > self.max_length - limits.max_new_tokens for _, ids, _, limits, _ in prepared), len(requests))
         prepared.sort(key=lambda item: (repr(item[2:4]), -len(item[1])))
         batches: list[GenerateBatch] = []
         members: list[list[tuple[int, list[str]]]] = []
