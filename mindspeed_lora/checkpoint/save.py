@@ -128,7 +128,8 @@ def _finish(target: SaveTarget, staging: Path, state: TrainerState, table: Weigh
     final = target.folder / name
     if final.exists():  # written after the checkpoint that this run continues
         final.replace(staging / f"{name}.old")
-    fsync_path(folder)
+    for written in (*folder.rglob("*"), folder):  # files of every rank, and the folders that name them
+        fsync_path(written)
     folder.replace(final)
     fsync_path(target.folder)
     write_tracker(target.folder, state.iteration)

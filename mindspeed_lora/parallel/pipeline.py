@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from mindspeed_lora.device import total_memory_bytes
-from mindspeed_lora.parallel.collectives import receive, send
+from mindspeed_lora.parallel.collectives import all_reduce, receive, send
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.fill_drain import fill_drain, library_schedules_work
 
@@ -74,12 +75,15 @@ def _take(inputs: Inputs, rows: slice) -> Inputs:
 class PipelineRunner:
     """Forward and backward over this rank's stages.
 
-    ``buffer_fraction`` of the device's memory bounds the receive buffers of one schedule call.
+    ``buffer_fraction`` of the smallest device's memory bounds the receive buffers of one schedule call. Collective over the
+    replica when made.
     """
 
     def __init__(self, stages: Sequence[Stage], context: ParallelContext, buffer_fraction: float = 0.05) -> None:
         self.stages, self.context = list(stages), context
-        self._budget_bytes = buffer_fraction * total_memory_bytes(context.device)
+        memory = torch.tensor(float(total_memory_bytes(context.device)), dtype=torch.float32, device=context.device)
+        all_reduce(memory, context.model_group, dist.ReduceOp.MIN)  # all ranks of a replica must cut a step alike
+        self._budget_bytes = buffer_fraction * float(memory)
         self._key: tuple[int, int, int] | None = None
         self._schedule: Any = None
 
