@@ -3,7 +3,7 @@
 #   CHECKPOINT      Megatron or Hugging Face folder  (./model_weights/qwen3_mcore)
 #   TOKENIZER_PATH  folder with the tokenizer        (./model_from_hf/qwen3_hf)
 #   TP, PP          layout of the run                (1, 2; the files' own layout does not matter)
-#   TASK            greedy, do_sample, or both in quotes        (greedy do_sample)
+#   TASK            one or several in quotes: greedy, do_sample, beam_search, beam_search_with_sampling, chat (greedy do_sample)
 #   NPUS_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   (2, 1, 0, localhost, 6000)
 # Ask something else: bash generate_qwen3_8b_ptd.sh --prompt "Name three primary colours."
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
