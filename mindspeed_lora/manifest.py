@@ -35,7 +35,7 @@ class Manifest:
 
     ``layout``: tensor_parallel_size, pipeline_parallel_size, ...; ``lora``: r, alpha, targets, per_module;
     ``base``: path, fingerprint; ``template``: name, fingerprint, enable_thinking;
-    ``data``: input, handler, map_keys, seq_length; ``tokenizer``: path, fingerprint; ``counts``: records, tokens, parameters, ...
+    ``data``: form, input, handler, map_keys, seq_length; ``tokenizer``: path, fingerprint; ``counts``: records, tokens, parameters, ...
     """
 
     kind: str

@@ -74,7 +74,7 @@ def run_case(case: Path, tmp_path: Path, workers: int = 1) -> Path:
 
 def different_files(case: Path, prefix: Path) -> list[str]:
     expected = sorted((case / "output").iterdir())
-    assert len(expected) == 6
+    assert expected
     return [file.name for file in expected if file.read_bytes() != (prefix.parent / file.name).read_bytes()]
 
 
@@ -82,6 +82,12 @@ def different_files(case: Path, prefix: Path) -> list[str]:
 def test_alpaca_files_are_byte_identical(name: str, tmp_path: Path) -> None:
     case = golden() / name
     assert different_files(case, run_case(case, tmp_path)) == []
+
+
+def test_pairwise_files_are_byte_identical(tmp_path: Path) -> None:
+    case = golden() / "data_pair_qwen3_think_none"
+    assert different_files(case, run_case(case, tmp_path, workers=1)) == []
+    assert len(list((tmp_path / "new").iterdir())) == 9  # four pairs and the manifest
 
 
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:

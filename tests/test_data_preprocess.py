@@ -66,6 +66,7 @@ def test_ids_labels_mask_and_manifest(tokenizer_dir: Path, tmp_path: Path) -> No
     assert manifest is not None and manifest.kind == "data"
     assert manifest.template is not None and manifest.template["name"] == "qwen3" and manifest.template["enable_thinking"] == "none"
     assert manifest.data == {
+        "form": "instruction",
         "input": [str(tmp_path / "in.json")],
         "handler": "AlpacaStyleInstructionHandler",
         "map_keys": None,
@@ -244,9 +245,15 @@ BAD: list[tuple[dict[str, Any], Any, type[Exception], str]] = [
         UsageError,
         r"no column 'inptu' \(for query\) in the input, which has input, instruction, output",
     ),
-    ({"map_keys": {"response": None}}, None, UsageError, r"--map-keys leaves no column for the prompt or the response"),
+    ({"map_keys": {"response": None}}, None, UsageError, r"--map-keys leaves no column for response; give the names of columns"),
     ({}, [{"question": "a", "answer": "b"}], UsageError, r"no column 'instruction' \(for prompt\).*has answer, question.*--map-keys"),
-    ({"handler_name": "GeneralPretrainHandler"}, None, UsageError, r"--handler-name GeneralPretrainHandler is not supported .* use Alpaca"),
+    ({"map_keys": {"prompt": None, "query": None}}, None, UsageError, r"--map-keys leaves no column for prompt"),
+    (
+        {"handler_name": "AlpacaInstructionHandler"},
+        None,
+        UsageError,
+        r"--handler-name AlpacaInstructionHandler: there is no such handler; did you mean AlpacaStyleInstructionHandler or .*known are",
+    ),
     ({"prompt_type": None}, None, UsageError, r"--prompt-type is missing: .* default, empty, llama2, qwen3"),
     ({"prompt_type": "qwne3"}, None, UsageError, r"--prompt-type qwne3: .* has the templates default, empty, llama2, qwen3"),
     ({"prompt_type": "llama2", "thinking": "true"}, None, UsageError, r"--enable-thinking true: template 'llama2' has no thinking"),

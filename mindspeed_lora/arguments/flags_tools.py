@@ -7,10 +7,13 @@ from mindspeed_lora.arguments.values import COUNT, COUNT_OR_ZERO, COUNTS, JSON_O
 
 C, P = (CONVERT,), (PREPROCESS,)
 LATER_HANDLER = "this handler comes with a later release; use AlpacaStyleInstructionHandler or SharegptStyleInstructionHandler"
-HANDLERS = ("AlpacaStyleInstructionHandler", "SharegptStyleInstructionHandler")
-HANDLERS_NOT_YET = [
+HANDLERS = (
+    "AlpacaStyleInstructionHandler",
+    "SharegptStyleInstructionHandler",
     "AlpacaStylePairwiseHandler",
     "SharegptStylePairwiseHandler",
+)
+HANDLERS_NOT_YET = [
     "PPOAlpacaStyleInstructionHandler",
     "R1AlpacaStyleInstructionHandler",
     "R1SharegptStyleInstructionHandler",

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mindspeed_lora.arguments.configs import PreprocessConfig, TokenizerFlags
-from mindspeed_lora.data.encoding import EncodedChunk, Recipe, encode_chunks
+from mindspeed_lora.data.encoding import EncodedChunk, encode_chunks
+from mindspeed_lora.data.forms import Form, InstructionForm, Recipe
+from mindspeed_lora.data.handlers import handler_of
 from mindspeed_lora.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder, bin_path, idx_path
 from mindspeed_lora.data.packing import IGNORED, NEAT_PACK, PACK, fill_bags, packed_samples
 from mindspeed_lora.data.readers import RecordSource, open_records
-from mindspeed_lora.data.records import check_columns, columns_of
+from mindspeed_lora.data.records import check_columns, columns_of, used_columns
 from mindspeed_lora.data.sft_dataset import KEYS, key_stem, manifest_name
 from mindspeed_lora.data.templates import load_template
 from mindspeed_lora.data.tokenizer import load_tokenizer, pad_token_id, tokenizer_fingerprint
@@ -69,10 +71,13 @@ class PreprocessReport:
             if len(self.skipped[reason]) < _NUMBERS_SHOWN:
                 self.skipped[reason].append(self.num_records + number + 1)
         self.num_records += chunk.num_records
-        self.num_written += len(chunk.lengths)
-        self.num_tokens += len(chunk.ids)
-        self.num_trained_tokens += int(np.count_nonzero(chunk.labels != IGNORED))
-        self.longest = max(self.longest, int(chunk.lengths.max(initial=0)))
+        self.num_written += chunk.num_written
+        for key, sequences in chunk.sequences.items():
+            if key.endswith("labels"):
+                self.num_trained_tokens += int(np.count_nonzero(sequences.ids != IGNORED))
+            else:
+                self.num_tokens += len(sequences.ids)
+            self.longest = max(self.longest, int(sequences.lengths.max(initial=0)))
         self.notes.update(chunk.notes)
 
     def counts(self) -> dict[str, object]:
@@ -116,8 +121,8 @@ def preprocess(config: PreprocessConfig) -> int:
     logger = get_logger()
     for line in report.lines():
         logger.info(line)
-    stems = ",".join(KEYS)
-    logger.info(f"wrote {config.output_prefix}_packed_{{{stems}}}_document.{{bin,idx}} and {manifest_name(config.output_prefix)}")
+    files = ", ".join(f"{stem.name}.{{bin,idx}}" for stem in _stems(config.output_prefix, handler_of(config.handler_name).form).values())
+    logger.info(f"wrote in {config.output_prefix.parent}: {files} and {manifest_name(config.output_prefix)}")
     logger.info(f"next: posttrain_gpt.py ... --data-path {config.output_prefix}")
     return 0
 
@@ -133,17 +138,19 @@ def write_dataset(config: PreprocessConfig, flags: FlagNames = FlagNames()) -> P
     """
     start = time.monotonic()
     _check_numbers(config)
-    columns = columns_of(config.handler_name, config.map_keys)
+    handler = handler_of(config.handler_name)
+    columns = columns_of(handler.columns, config.map_keys)
+    if config.pack and handler.form is not InstructionForm:
+        raise UsageError(f"--pack packs instruction data, which --handler-name {config.handler_name} does not make; leave it out")
     template = load_template(config.template.prompt_type, config.template.prompt_type_path)
     thinking = template.check_thinking(config.template.enable_thinking or "none")
     source = open_records(config.input, flags.input)
-    used = {getattr(columns, name) for name in columns.__dataclass_fields__ if name != "tags"} - {None}
-    found = source.columns(used)
+    found = source.columns(set(used_columns(columns, handler.used).values()))
     if not found:
         raise DataError(f"{flags.input} {config.input}: no records in it")
-    check_columns(columns, config.map_keys, found)
+    check_columns(columns, handler.used, config.map_keys, found)
     tokenizer = load_tokenizer(config.tokenizer)
-    recipe = Recipe(template, thinking, columns, config.seq_length, config.append_eod, config.neat_pack)
+    recipe = Recipe(handler.form, columns, template, thinking, config.seq_length, config.append_eod, config.neat_pack)
     _warn_about(recipe, tokenizer)
     report = PreprocessReport()
     with _staged(config.output_prefix, flags.output) as staging:
@@ -156,7 +163,7 @@ def write_dataset(config: PreprocessConfig, flags: FlagNames = FlagNames()) -> P
             )
         if config.pack:
             _pack_files(config, written, staging / config.output_prefix.name, pad_token_id(tokenizer), report)
-        _publish(config.output_prefix, staging, _manifest(config, source, tokenizer, recipe, report))
+        _publish(config.output_prefix, staging, handler.form, _manifest(config, source, tokenizer, recipe, report))
     report.seconds = time.monotonic() - start
     return report
 
@@ -199,16 +206,23 @@ def _write_files(
     size = max(1, min(CHUNK_RECORDS, (source.count() or CHUNK_RECORDS * config.workers) // config.workers))
     chunks = encode_chunks(source.batches(size), tokenizer, flags, recipe, config.workers)
     with ExitStack() as stack:
-        builders = {key: stack.enter_context(IndexedDatasetBuilder(key_stem(prefix, key))) for key in KEYS}
+        builders = {key: stack.enter_context(IndexedDatasetBuilder(stem)) for key, stem in _stems(prefix, recipe.form).items()}
         bar = stack.enter_context(tqdm(total=source.count(), unit="record", desc="preprocess", miniters=config.log_interval))
         for chunk in chunks:
-            values = {"input_ids": chunk.ids, "labels": chunk.labels, "attention_mask": np.ones_like(chunk.ids)}
             for key, builder in builders.items():
-                builder.add_documents(values[key], chunk.lengths, chunk.sequences_per_document)
+                added = chunk.sequences["input_ids" if key == "attention_mask" else key]
+                ids = np.ones_like(added.ids) if key == "attention_mask" else added.ids
+                builder.add_documents(ids, added.lengths, added.sequences_per_document)
             report.add(chunk)
             bar.update(chunk.num_records)
         for builder in builders.values():
             builder.finish()
+
+
+def _stems(prefix: Path, form: type[Form]) -> dict[str, Path]:
+    """Path without extension of each file pair of a form of dataset, by key."""
+    keys = [*form.values, *(["attention_mask"] if form.masked else [])]
+    return {key: key_stem(prefix, key) if form.packed else prefix.with_name(f"{prefix.name}_{key}_document") for key in keys}
 
 
 def _pack_files(config: PreprocessConfig, source: Path, target: Path, pad_token_id: int, report: PreprocessReport) -> None:
@@ -235,6 +249,7 @@ def _manifest(
         tokenizer={"path": tokenizer.name_or_path, "fingerprint": tokenizer_fingerprint(tokenizer)},
         template={"name": recipe.template.name, "fingerprint": recipe.template.fingerprint(), "enable_thinking": recipe.thinking},
         data={
+            "form": recipe.form.name,
             "input": [str(path) for path in source.files],
             "handler": config.handler_name,
             "map_keys": config.map_keys,
@@ -246,9 +261,9 @@ def _manifest(
     )
 
 
-def _publish(prefix: Path, staging: Path, manifest: Manifest) -> None:
+def _publish(prefix: Path, staging: Path, form: type[Form], manifest: Manifest) -> None:
     """Move the finished files to their names; the manifest goes first when it is old and comes last when it is new."""
-    names = [path(key_stem(staging / prefix.name, key)).name for key in KEYS for path in (bin_path, idx_path)]
+    names = [path(stem).name for stem in _stems(prefix, form).values() for path in (bin_path, idx_path)]
     manifest = replace(manifest, parts=[part_of(staging, staging / name) for name in names])
     write_manifest(staging, manifest, manifest_name(prefix))
     if any((prefix.parent / name).exists() for name in names):

@@ -3,6 +3,7 @@
 Alpaca: instruction + newline + input is the user's text, output the answer; history, a list of [user, answer] pairs,
 comes first. ``history`` and ``system`` are read only when ``--map-keys`` names their columns (as the peer does).
 ShareGPT: a list of messages with a role and a text each; a leading system message wins over the system column.
+A pairwise record has a chosen and a rejected answer to one prompt.
 Source: formats.md 3.2.
 """
 
@@ -11,13 +12,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from mindspeed_lora.data.templates import Message
 from mindspeed_lora.errors import DataError, UsageError
-
-ALPACA_HANDLER = "AlpacaStyleInstructionHandler"
-SHAREGPT_HANDLER = "SharegptStyleInstructionHandler"
 
 
 class SkippedRecord(DataError):
@@ -26,10 +24,22 @@ class SkippedRecord(DataError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in turn, user first and assistant last; ``system`` may be empty."""
+    """Messages in turn, user first and assistant last; ``system`` and ``tools`` may be empty."""
 
     messages: Sequence[Message]
     system: str
+    tools: str = ""
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, which ends with a user's message (or an observation)."""
+
+    prompt: Sequence[Message]
+    chosen: Message
+    rejected: Message
+    system: str
+    tools: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,9 +51,10 @@ class AlpacaColumns:
     response: str | None = "output"
     history: str | None = None
     system: str | None = None
+    chosen: str | None = "chosen"
+    rejected: str | None = "rejected"
 
-    handler = ALPACA_HANDLER
-    optional = ("query",)  # a default column that a file may lack
+    optional: ClassVar[tuple[str, ...]] = ("query",)  # a default column that a file may lack
 
     def conversation(self, record: Mapping[str, Any]) -> Conversation:
         """The conversation of one record; empty texts stay, as with the peer.
@@ -51,18 +62,35 @@ class AlpacaColumns:
         Raises:
             SkippedRecord: no answer, no text at all, or a column of another type.
         """
-        parts = [_text(record, column) for column in (self.prompt, self.query) if column]
-        user = "\n".join(part for part in parts if part)
-        answer = record.get(self.response) if self.response else None
-        if answer is None:
-            raise SkippedRecord("no answer")
-        if not isinstance(answer, str):
-            raise SkippedRecord(f"column {self.response} holds a {type(answer).__name__}, not a text")
-        if not user and not answer:
+        prompt = self._prompt(record)
+        answer = _answer(record.get(self.response) if self.response else None, self.response)
+        if not prompt[-1]["content"] and not answer:
             raise SkippedRecord("prompt and answer are empty")
-        messages = self._history(record)
-        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-        return Conversation(messages, _text(record, self.system) if self.system else "")
+        return Conversation([*prompt, {"role": "assistant", "content": answer}], self._system(record))
+
+    def preference(self, record: Mapping[str, Any]) -> Preference:
+        """The two answers of one record. A column with a list holds the answer first; one column for both holds chosen, rejected.
+
+        Raises:
+            SkippedRecord: an answer is missing, or a column is of another type.
+        """
+        one_column = self.chosen == self.rejected
+        chosen = _answer(_entry(record, self.chosen, 0, one_column), self.chosen)
+        rejected = _answer(_entry(record, self.rejected, 1 if one_column else 0, one_column), self.rejected)
+        return Preference(
+            self._prompt(record),
+            {"role": "assistant", "content": chosen},
+            {"role": "assistant", "content": rejected},
+            self._system(record),
+        )
+
+    def _prompt(self, record: Mapping[str, Any]) -> list[Message]:
+        """The history and the user's text."""
+        parts = [_text(record, column) for column in (self.prompt, self.query) if column]
+        return [*self._history(record), {"role": "user", "content": "\n".join(part for part in parts if part)}]
+
+    def _system(self, record: Mapping[str, Any]) -> str:
+        return _text(record, self.system) if self.system else ""
 
     def _history(self, record: Mapping[str, Any]) -> list[Message]:
         pairs = record.get(self.history) if self.history else None
@@ -99,10 +127,12 @@ class SharegptColumns:
     messages: str | None = "conversations"
     system: str | None = None
     tools: str | None = None
+    chosen: str | None = "chosen"
+    rejected: str | None = "rejected"
+    kto_tag: str | None = None  # known to the peer, used by nothing here
     tags: SharegptTags = SharegptTags()
 
-    handler = SHAREGPT_HANDLER
-    optional = ()
+    optional: ClassVar[tuple[str, ...]] = ()
 
     def conversation(self, record: Mapping[str, Any]) -> Conversation:
         """The conversation of one record.
@@ -110,23 +140,50 @@ class SharegptColumns:
         Raises:
             SkippedRecord: roles out of turn, an odd number of messages, a message without text, or tool calls.
         """
-        if self.tools and record.get(self.tools):
-            raise SkippedRecord("tools are not supported by this version")
+        messages, system = self._messages(record)
+        if not messages or len(messages) % 2:
+            raise SkippedRecord(f"{len(messages)} messages instead of an even number")
+        return Conversation(messages, system, self._tools(record))
+
+    def preference(self, record: Mapping[str, Any]) -> Preference:
+        """The two answers of one record, each a message in its own column.
+
+        Raises:
+            SkippedRecord: as :meth:`conversation`, an even number of messages, or an answer that is no message.
+        """
+        messages, system = self._messages(record)
+        if len(messages) % 2 == 0:
+            raise SkippedRecord(f"{len(messages)} messages before the answers instead of an odd number")
+        chosen, rejected = self._reply(record, self.chosen), self._reply(record, self.rejected)
+        return Preference(messages, chosen, rejected, system, self._tools(record))
+
+    def _messages(self, record: Mapping[str, Any]) -> tuple[list[Message], str]:
+        """The messages in turn, and the system text."""
         messages = record.get(self.messages) if self.messages else None
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages) or not messages:
             raise SkippedRecord(f"column {self.messages} is no list of messages")
         system = _text(record, self.system) if self.system else ""
-        roles = [message.get(self.tags.role_tag) for message in messages]
-        if self.tags.system_tag and roles[0] == self.tags.system_tag:
-            system, messages, roles = self._content(messages[0]), messages[1:], roles[1:]
-        if not messages or len(messages) % 2:
-            raise SkippedRecord(f"{len(messages)} messages instead of an even number")
-        return Conversation(
-            [self._message(role, message, turn) for turn, (role, message) in enumerate(zip(roles, messages, strict=True))], system
-        )
+        if self.tags.system_tag and messages[0].get(self.tags.role_tag) == self.tags.system_tag:
+            system, messages = self._content(messages[0]), messages[1:]
+        return [self._message(message, turn) for turn, message in enumerate(messages)], system
 
-    def _message(self, role: Any, message: Mapping[str, Any], turn: int) -> Message:
-        tags = self.tags
+    def _tools(self, record: Mapping[str, Any]) -> str:
+        if self.tools and record.get(self.tools):
+            raise SkippedRecord("tools are not supported by this version")
+        return ""
+
+    def _reply(self, record: Mapping[str, Any], column: str | None) -> Message:
+        value = record.get(column) if column else None
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, str):
+            return {"role": "assistant", "content": value}
+        if not isinstance(value, dict):
+            raise SkippedRecord(f"column {column} is no message")
+        return self._message(value, 1)
+
+    def _message(self, message: Mapping[str, Any], turn: int) -> Message:
+        tags, role = self.tags, message.get(self.tags.role_tag) if self.tags.role_tag else None
         if role is None or role not in ((tags.user_tag, tags.observation_tag), (tags.assistant_tag, tags.function_tag))[turn % 2]:
             raise SkippedRecord(f"role {role!r} out of turn")
         if role == tags.function_tag and role != tags.assistant_tag:
@@ -153,17 +210,36 @@ def _text(record: Mapping[str, Any], column: str) -> str:
     return value
 
 
-def columns_of(handler_name: str, map_keys: Mapping[str, Any] | None) -> Columns:
-    """What ``--handler-name`` and ``--map-keys`` say about the columns.
+def _answer(value: Any, column: str | None) -> str:
+    """The text of an answer, which may be the only entry of a list."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if value is None:
+        raise SkippedRecord("no answer")
+    if not isinstance(value, str):
+        raise SkippedRecord(f"column {column} holds a {type(value).__name__}, not a text")
+    return value
+
+
+def _entry(record: Mapping[str, Any], column: str | None, place: int, must_be_list: bool) -> Any:
+    """Entry ``place`` of a column's list (None: it has none), or the value itself where it is no list."""
+    value = record.get(column) if column else None
+    if isinstance(value, list):
+        return value[place] if place < len(value) else None
+    if must_be_list and value is not None:
+        raise SkippedRecord(f"column {column}, named for chosen and rejected, holds a {type(value).__name__}, not a list of the two")
+    return value
+
+
+def columns_of(kind: type[Columns], map_keys: Mapping[str, Any] | None) -> Columns:
+    """The columns of a file of this kind, as ``--map-keys`` names them.
 
     Raises:
-        UsageError: another handler, an unknown key, or a value that is no column name.
+        UsageError: an unknown key, or a value that is no column name.
     """
     keys = dict(map_keys or {})
-    if handler_name == ALPACA_HANDLER:
-        return AlpacaColumns(**_checked(keys, AlpacaColumns, "--map-keys"))
-    if handler_name != SHAREGPT_HANDLER:
-        raise UsageError(f"--handler-name {handler_name} is not supported by this version; use {ALPACA_HANDLER} or {SHAREGPT_HANDLER}")
+    if not issubclass(kind, SharegptColumns):
+        return kind(**_checked(keys, kind, "--map-keys"))
     given = keys.pop("tags", None)
     tags = SharegptTags()
     if given is not None:
@@ -171,7 +247,7 @@ def columns_of(handler_name: str, map_keys: Mapping[str, Any] | None) -> Columns
             raise UsageError(f"--map-keys tags: {given!r} is no JSON object of tag names")
         none: dict[str, str | None] = {field.name: None for field in fields(SharegptTags)}  # a tag that is not named is not used
         tags = SharegptTags(**{**none, **_checked(given, SharegptTags, "--map-keys tags")})
-    return SharegptColumns(tags=tags, **_checked(keys, SharegptColumns, "--map-keys"))
+    return kind(tags=tags, **_checked(keys, kind, "--map-keys"))
 
 
 def _checked(keys: Mapping[str, Any], kind: type, flag: str) -> dict[str, Any]:
@@ -184,21 +260,28 @@ def _checked(keys: Mapping[str, Any], kind: type, flag: str) -> dict[str, Any]:
     return {key: value or None for key, value in keys.items()}
 
 
-def check_columns(columns: Columns, map_keys: Mapping[str, Any] | None, found: Iterable[str]) -> None:
+def used_columns(columns: Columns, used: Iterable[str]) -> dict[str, str]:
+    """The columns that are read, by their key; ``used``: the keys that the handler reads."""
+    return {key: column for key in used if (column := getattr(columns, key)) is not None}
+
+
+def check_columns(columns: Columns, used: Sequence[str], map_keys: Mapping[str, Any] | None, found: Iterable[str]) -> None:
     """Compare the columns in use with those of the input; a default column that is optional may be missing.
 
     Raises:
         UsageError: a column is missing, or no column is left for user or answer.
     """
     found = list(found)
-    used = {field.name: getattr(columns, field.name) for field in fields(columns) if field.name != "tags"}
-    for key, column in used.items():
+    for key, column in used_columns(columns, used).items():
         optional = key in columns.optional and key not in (map_keys or {})
-        if column is not None and column not in found and not optional:
+        if column not in found and not optional:
             example = json.dumps({key: "COLUMN"})
             raise UsageError(
                 f"--map-keys: no column {column!r} (for {key}) in the input, which has {', '.join(found) or 'no columns'}; "
                 f"name the right one with --map-keys '{example}'"
             )
-    if isinstance(columns, AlpacaColumns) and not (columns.response and (columns.prompt or columns.query)):
-        raise UsageError("--map-keys leaves no column for the prompt or the response; give prompt and response the names of columns")
+    missing = [key for key in ("response", "chosen", "rejected", "messages") if key in used and not getattr(columns, key)]
+    if isinstance(columns, AlpacaColumns) and not (columns.prompt or columns.query):
+        missing.append("prompt")
+    if missing:
+        raise UsageError(f"--map-keys leaves no column for {' and '.join(missing)}; give the names of columns")

@@ -134,6 +134,26 @@ class Template:
             turns.append((tuple(source), target))
         return turns
 
+    def render_last(self, messages: Sequence[Message], system: str | None = None, thinking: str = "none") -> Turn:
+        """All that comes before the last answer as one source, and that answer as the target.
+
+        Thoughts of earlier answers are removed; of the last one as :meth:`render` says.
+
+        Raises:
+            DataError: as :meth:`render`.
+        """
+        source, target = self.render(messages, system, thinking)[-1]
+        return (*self._earlier_turns(messages, system), *source), target
+
+    def _earlier_turns(self, messages: Sequence[Message], system: str | None) -> list[Element]:
+        """The elements of all turns but the last, their answers without thoughts."""
+        elements: list[Element] = []
+        for number in range((len(messages) - 1) // 2):
+            answer = self._content(messages[2 * number + 1], ("assistant",))
+            elements += self.render_source(messages[2 * number], number, system)
+            elements += _fill(self.assistant, content=self.remove_thought(answer) if self.has_thinking else answer)
+        return elements
+
     def render_source(self, message: Message, number: int, system: str | None) -> tuple[Element, ...]:
         """The elements before the answer of turn ``number`` (from 0)."""
         system = system or self.default_system
@@ -210,12 +230,8 @@ class Template:
             raise DataError(
                 f"a prompt must end with a user's message, but it has {len(messages)} messages; drop the last or add a question"
             )
-        elements: list[Element] = []
-        for number in range(len(messages) // 2 + 1):
-            elements += self.render_source(messages[2 * number], number, system)
-            if 2 * number + 1 < len(messages):
-                answer = self._content(messages[2 * number + 1], ("assistant",))
-                elements += _fill(self.assistant, content=self.remove_thought(answer) if self.has_thinking else answer)
+        elements = self._earlier_turns(messages, system)
+        elements += self.render_source(messages[-1], len(messages) // 2, system)
         if self.has_thinking and thinking != "true":
             elements.append(self.empty_thought)
         encoder = ElementEncoder(tokenizer, self.name)
