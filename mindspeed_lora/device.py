@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import resource
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -102,6 +103,20 @@ def total_memory_bytes(device: torch.device) -> int:
     import os
 
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory of the device (of the machine, on CPU) that nobody holds now; what torch keeps in reserve counts as free."""
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        reserved = int(module.memory_reserved(device)) - int(module.memory_allocated(device))
+        return int(module.mem_get_info(device)[0]) + reserved
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():  # sysconf's count leaves out what the page cache would give back
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        if "MemAvailable" in fields:
+            return int(fields["MemAvailable"].split()[0]) * 1024
+    return total_memory_bytes(device) // 2
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -204,6 +204,7 @@ def test_other_request_kinds_equal_lm_evals_transformers_backend(model: tuple[Pa
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
+    from mindspeed_lora.evaluation.batching import BatchRule, Room
     from mindspeed_lora.evaluation.lm import ParallelLM, work_handlers
     from mindspeed_lora.evaluation.replicas import Replicas
     from mindspeed_lora.inference.engine import Engine
@@ -215,8 +216,8 @@ def test_other_request_kinds_equal_lm_evals_transformers_backend(model: tuple[Pa
     session = open_session(config_for(folder, folder), all_replicas=True)
     assert session.stage is not None
     engine = Engine(session.stage, session.context, session.channels)
-    replicas = Replicas(work_handlers(engine), None, 0, 1)
-    ours = ParallelLM(replicas, tokenizer, PromptFormat(), (2,), 64, 2, io.StringIO())
+    replicas = Replicas(work_handlers(engine, tokenizer), None, 0, 1)
+    ours = ParallelLM(replicas, tokenizer, PromptFormat(), (2,), 64, BatchRule(2, Room(0, 0, 0, 0, 0, 0)), io.StringIO())
     theirs = HFLM(pretrained=transformers.AutoModelForCausalLM.from_pretrained(folder), tokenizer=tokenizer, batch_size=2, max_length=64)
 
     def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:

@@ -15,11 +15,12 @@ from pool import ProcessPool, RankError
 
 from mindspeed_lora.arguments.configs import InferenceConfig, LoadFlags, ParallelFlags, RuntimeFlags, TemplateFlags, TokenizerFlags
 from mindspeed_lora.errors import MindSpeedLoraError
-from mindspeed_lora.inference.engine import Engine
+from mindspeed_lora.inference.engine import Engine, ScoreBatch
 from mindspeed_lora.inference.run import infer
 from mindspeed_lora.inference.session import lead, open_session
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+PREFIX = (60, 61, 62, 63, 64)
 PROMPTS = [[5, 9, 200, 31, 77, 8], [3], [12, 13, 14]]
 
 
@@ -80,8 +81,10 @@ def logits_cell(folder: Path, tp: int, pp: int) -> dict[str, torch.Tensor] | Non
         engine.reset()
         found["plain"] = engine.forward(ids, mask.bool(), keep_last=2)
         right = torch.tensor([[5, 9, 200, 31], [3, 8, 0, 0]])
-        batch = (right, torch.tensor([[2, 3], [1, 0]]), torch.tensor([[[31, 31], [7, 8]], [[1, 2], [0, 0]]]))
+        batch = ScoreBatch(right, torch.tensor([[2, 3], [1, 0]]), torch.tensor([[[31, 31], [7, 8]], [[1, 2], [0, 0]]]))
         found["scores"] = torch.stack([scores.log_probs for scores in engine.score([batch] * 5)])
+        behind = [replace(batch, prefix=prefix) for prefix in (PREFIX, PREFIX, (), PREFIX[:2])]
+        found["scores behind prefixes"] = torch.stack([scores.log_probs for scores in engine.score(behind)])
         model = ParallelCausalLM(engine)
         for name, strategy in (("greedy", Strategy()), ("beams", Strategy(num_beams=3)), ("sampled", Strategy(True, 1, 0.8, 20, 0.9))):
             for use_cache in (True, False):
@@ -129,8 +132,10 @@ def reference(tiny: Path) -> dict[str, torch.Tensor]:
         output = model.generate(ids, attention_mask=mask, max_new_tokens=12, eos_token_id=[2], pad_token_id=0, **arguments)
         texts = [row[: row.index(2)] if 2 in row else row for row in output[:, ids.shape[1] :].tolist()]
         found[name] = torch.tensor([text + [-1] * (12 - len(text)) for text in texts])
-    log_probs = last([[5, 9, 200, 31], [3, 8, 0, 0]], 4).log_softmax(-1)
-    found["scores"] = torch.stack([log_probs[0, 2, [31, 31]], log_probs[0, 3, [7, 8]], log_probs[1, 1, [1, 2]]])
+    for prefix in (PREFIX, PREFIX[:2], ()):
+        log_probs = last([[*prefix, 5, 9, 200, 31], [*prefix, 3, 8, 0, 0]], 4).log_softmax(-1)
+        scores = torch.stack([log_probs[0, 2, [31, 31]], log_probs[0, 3, [7, 8]], log_probs[1, 1, [1, 2]]])
+        found[f"scores {len(prefix)}"] = scores
     return found
 
 
@@ -143,8 +148,10 @@ def test_logits_scores_and_tokens_equal_transformers(
         torch.testing.assert_close(found[name], reference[name], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found["prefill"][:, -1:], reference["prefill"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found["plain"][:, -1:], reference["prefill"], atol=1e-5, rtol=1e-5)
-    for scores in found["scores"]:
-        torch.testing.assert_close(torch.stack([scores[0, 0], scores[0, 1], scores[1, 0]]), reference["scores"], atol=1e-5, rtol=1e-5)
+    behind = zip(found["scores behind prefixes"], (len(PREFIX), len(PREFIX), 0, 2), strict=True)
+    for scores, prefix in [*((scores, 0) for scores in found["scores"]), *behind]:
+        expected = reference[f"scores {prefix}"]
+        torch.testing.assert_close(torch.stack([scores[0, 0], scores[0, 1], scores[1, 0]]), expected, atol=1e-5, rtol=1e-5)
     for name in ("greedy", "beams", "sampled"):
         for use_cache in (True, False):
             assert torch.equal(found[f"{name} {use_cache}"], reference[name]), (name, use_cache)

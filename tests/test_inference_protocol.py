@@ -43,6 +43,7 @@ def test_messages_survive_the_wire_inside_and_outside_the_header(length: int) ->
         Message(Operation.FORWARD, ids, real, False, Output.LOGITS, length),
         Message(Operation.FORWARD, ids, None, True, Output.NONE),
         Message(Operation.FORWARD, ids, real, True, Output.SCORES, 0, wanted, targets),
+        Message(Operation.FORWARD, ids, None, False, Output.SCORES, 0, wanted, targets, behind_prefix=True),
         Message(Operation.REORDER, rows=torch.tensor([2, 2, 0])),
         Message(Operation.CROP, value=5),
         Message(Operation.RESET),

@@ -216,7 +216,7 @@ class EvaluationConfig:
     lora: LoraFlags | None = None
     num_fewshot: int | None = None  # None: the task's usual number (mmlu: 5)
     max_eval_samples: int | None = None  # per subject
-    evaluation_batch_size: int = 1
+    evaluation_batch_size: int | None = None  # rows; None: as many as fit by our estimate
     max_new_tokens: int | None = None
     use_chat_template: bool = False  # mmlu scores log-likelihoods of letters: no template unless --prompt-type asks
     output_path: Path | None = None  # folder of results; None: evaluation_results/<checkpoint>-<time>

@@ -76,7 +76,15 @@ EVALUATION = [
         default_text="the task's own; mmlu: 5",
     ),
     active("--max-eval-samples", (EVALUATE,), "score", "questions per subject", COUNT, "max_eval_samples", default_text="all"),
-    active("--evaluation-batch-size", (EVALUATE,), "score", "questions scored together", COUNT, "evaluation_batch_size"),
+    active(
+        "--evaluation-batch-size",
+        (EVALUATE,),
+        "score",
+        "questions that go through the model together",
+        COUNT,
+        "evaluation_batch_size",
+        default_text="as many as are estimated to fit in memory",
+    ),
     active(
         "--max-new-tokens",
         (EVALUATE,),

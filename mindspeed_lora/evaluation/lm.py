@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
+from transformers import StoppingCriteria
 
 from mindspeed_lora.errors import UsageError
+from mindspeed_lora.evaluation.batching import BatchRule
 from mindspeed_lora.evaluation.replicas import Replicas
-from mindspeed_lora.evaluation.scoring import RowScores, collect_answers, plan_rows, score_batches
+from mindspeed_lora.evaluation.scoring import RowScores, answers_of, make_batches, plan_rows, score_batches
 from mindspeed_lora.inference.generator import Limits, ParallelCausalLM, Strategy, generate
 from mindspeed_lora.inference.prompts import PromptFormat
 from mindspeed_lora.log import get_logger
@@ -23,31 +26,51 @@ if TYPE_CHECKING:
 
     from mindspeed_lora.inference.engine import Engine
 
+RequestKey = tuple[str, str, int, int]
 DEFAULT_MAX_NEW_TOKENS = 256  # of a generation task that does not say
 
 
 @dataclass(frozen=True)
 class GenerateBatch:
-    """Prompts (ids) that are continued together."""
+    """Prompts (ids) that are continued together, up to one of the texts ``until``."""
 
     prompts: list[list[int]]
     strategy: Strategy
     limits: Limits
+    until: tuple[str, ...] = ()
 
 
-def work_handlers(engine: Engine) -> dict[str, Callable[[Sequence[Any]], Iterator[Any]]]:
+class StopTexts(StoppingCriteria):
+    """Ends a row once its answer holds one of ``until``; the answer may end anywhere behind it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, until: Sequence[str], prompt_length: int) -> None:
+        self._tokenizer, self._until, self._prompt_length = tokenizer, until, prompt_length
+        self._window = max(len(tokenizer.encode(text, add_special_tokens=False)) for text in until) + 4
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **unused: Any) -> torch.Tensor:
+        """bool ``[b]``."""
+        answers = input_ids[:, self._prompt_length :][:, -self._window :].tolist()
+        texts = [str(self._tokenizer.decode(answer)) for answer in answers]
+        return torch.tensor([any(stop in text for stop in self._until) for text in texts], device=input_ids.device)
+
+
+def work_handlers(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable[[Sequence[Any]], Iterator[Any]]]:
     """What a driver can be asked to do, for :class:`Replicas`."""
     model = ParallelCausalLM(engine)
 
     def continue_batches(batches: Sequence[GenerateBatch]) -> Iterator[list[list[int]]]:
         for batch in batches:
-            yield generate(model, batch.prompts, batch.strategy, batch.limits)
+            criteria = [StopTexts(tokenizer, batch.until, max(map(len, batch.prompts)))] if batch.until else []
+            yield generate(model, batch.prompts, batch.strategy, batch.limits, criteria=criteria)
 
     return {"score": lambda batches: score_batches(engine, batches), "generate": continue_batches}
 
 
 class ParallelLM(TemplateLM):
-    """Tokenises as lm_eval's own transformers backend does, so that scores agree with it item by item."""
+    """Tokenises as lm_eval's own transformers backend does, so that scores agree with it item by item.
+
+    ``answers`` holds what has been answered so far, by :func:`request_key`, and outlives an interruption.
+    """
 
     def __init__(
         self,
@@ -56,15 +79,16 @@ class ParallelLM(TemplateLM):
         prompt_format: PromptFormat,
         stop_ids: tuple[int, ...],
         max_length: int,
-        batch_size: int,
+        rule: BatchRule,
         progress_out: TextIO,
         max_new_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.max_length, self.batch_size = max_length, batch_size
+        self.max_length = max_length
+        self.answers: dict[RequestKey, Any] = {}
         self._replicas, self._prompt_format, self._stop_ids = replicas, prompt_format, stop_ids
-        self._progress_out, self._max_new_tokens = progress_out, max_new_tokens
+        self._rule, self._progress_out, self._max_new_tokens = rule, progress_out, max_new_tokens
         self._last_context: tuple[str, list[int]] = ("", [])
 
     @property
@@ -93,15 +117,22 @@ class ParallelLM(TemplateLM):
             add_special_tokens = not string.startswith(str(self.tokenizer.decode([self.prefix_token_id])))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        if self._prompt_format.template is None and not self._prompt_format.use_chat_template:
-            return self._encode_text_pair(context, continuation)
-        if self._last_context[0] != context:
-            self._last_context = (context, self._prompt_format.encode(self.tokenizer, context))
-        return self._last_context[1], self.tokenizer.encode(continuation.strip(), add_special_tokens=False)
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The tokenizer's own template over lm_eval's turns (``--hf-chat-template``)."""
+        return self._prompt_format.render_chat(self.tokenizer, chat_history, add_generation_prompt)
 
-    def _encode_text_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As the base class, but a context that stays the same is encoded once."""
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """For result files."""
+        return str(self.tokenizer.chat_template)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Through a template of ``--prompt-type`` the text is one user turn; else as the base class, but a context that stays the same
+        is encoded once.
+        """
+        if self._prompt_format.template is not None:
+            if self._last_context[0] != context:
+                self._last_context = (context, self._prompt_format.encode(self.tokenizer, context))
+            return self._last_context[1], self.tokenizer.encode(continuation.strip(), add_special_tokens=False)
         text = context.rstrip()
         if self._last_context[0] != text:
             self._last_context = (text, self.tok_encode(text))
@@ -110,19 +141,38 @@ class ParallelLM(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, whether greedy) of each (context, continuation)."""
-        return super().loglikelihood(requests, disable_tqdm=True)
+        pairs = []
+        for request in requests:
+            context, continuation = request.args
+            pairs.append(self._encode_pair(context, continuation) if context else self._without_context(continuation))
+        return self._score(pairs, [request_key(request) for request in requests])
+
+    def _without_context(self, continuation: str) -> tuple[list[int], list[int]]:
+        """The prefix token stands for the context, unless the text begins with it."""
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        return (ids[:1], ids[1:]) if ids[:1] == [self.prefix_token_id] else ([self.prefix_token_id], ids)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **unused: Any
     ) -> list[tuple[float, bool]]:
         return self._score([(context, continuation) for _, context, continuation in requests])
 
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        plan, num_cut = plan_rows(pairs, self.max_length)
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], keys: Sequence[RequestKey] = ()) -> list[tuple[float, bool]]:
+        rows, num_cut = plan_rows(pairs, self.max_length)
         self._warn_of_cut(num_cut, len(pairs))
-        batches = [plan.rows[start : start + self.batch_size] for start in range(0, len(plan.rows), self.batch_size)]
-        results: list[list[RowScores]] = self._map("score", batches, len(plan.rows), "scoring")
-        return collect_answers(plan, [score for batch in results for score in batch], len(pairs))
+        batches = make_batches(rows, self._rule.scoring)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+        with self._progress(len(rows), "scoring") as bar:
+
+            def take(index: int, scores: list[RowScores]) -> None:
+                for request, answer in answers_of(batches[index], scores):
+                    answers[request] = answer
+                    if keys:
+                        self.answers[keys[request]] = answer
+                bar.update(len(scores))
+
+            self._replicas.map("score", batches, take)
+        return answers
 
     def _warn_of_cut(self, num_cut: int, count: int) -> None:
         if num_cut:
@@ -131,9 +181,8 @@ class ParallelLM(TemplateLM):
                 "fewer examples (--num-fewshot) would help"
             )
 
-    def _map(self, kind: str, batches: Sequence[Any], total: int, description: str) -> list[Any]:
-        with tqdm(total=total, desc=description, unit="item", file=self._progress_out) as bar:
-            return self._replicas.map(kind, batches, lambda done: bar.update(min(done * self.batch_size, total - bar.n)) and None)
+    def _progress(self, total: int, description: str) -> tqdm[Any]:
+        return tqdm(total=total, desc=description, unit="item", file=self._progress_out)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each whole text, in windows of the maximal length."""
@@ -147,35 +196,47 @@ class ParallelLM(TemplateLM):
         totals = [0.0] * len(requests)
         for owner, (log_likelihood, _) in zip(owners, self._score(pairs), strict=True):
             totals[owner] += log_likelihood
+        self.answers.update({request_key(request): total for request, total in zip(requests, totals, strict=True)})
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first of the task's stop texts."""
         prepared = [(index, self._prompt_ids(request), *self._settings(request.args[1])) for index, request in enumerate(requests)]
         self._warn_of_cut(sum(len(ids) > self.max_length - limits.max_new_tokens for _, ids, _, limits, _ in prepared), len(requests))
-        prepared.sort(key=lambda item: (repr(item[2:4]), -len(item[1])))
+        prepared.sort(key=lambda item: (repr(item[2:]), -len(item[1])))
         batches: list[GenerateBatch] = []
-        members: list[list[tuple[int, list[str]]]] = []
+        members: list[list[int]] = []
         for index, ids, strategy, limits, until in prepared:
             kept = ids[-(self.max_length - limits.max_new_tokens) :]
-            if not batches or (batches[-1].strategy, batches[-1].limits) != (strategy, limits) or len(members[-1]) == self.batch_size:
-                batches.append(GenerateBatch([], strategy, limits))
+            if not (batches and self._goes_with(batches[-1], GenerateBatch([], strategy, limits, until))):
+                batches.append(GenerateBatch([], strategy, limits, until))
                 members.append([])
             batches[-1].prompts.append(kept)
-            members[-1].append((index, until))
+            members[-1].append(index)
         texts = [""] * len(requests)
-        for batch, answers in zip(members, self._map("generate", batches, len(requests), "generating"), strict=True):
-            for (index, until), answer in zip(batch, answers, strict=True):
-                texts[index] = cut_at(str(self.tokenizer.decode(answer, skip_special_tokens=True)), until)
+        with self._progress(len(requests), "generating") as bar:
+
+            def take(batch: int, answers: list[list[int]]) -> None:
+                for index, answer in zip(members[batch], answers, strict=True):
+                    texts[index] = cut_at(str(self.tokenizer.decode(answer, skip_special_tokens=True)), batches[batch].until)
+                    self.answers[request_key(requests[index])] = texts[index]
+                bar.update(len(answers))
+
+            self._replicas.map("generate", batches, take)
         return texts
+
+    def _goes_with(self, batch: GenerateBatch, other: GenerateBatch) -> bool:
+        alike = (batch.strategy, batch.limits, batch.until) == (other.strategy, other.limits, other.until)
+        rows = (len(batch.prompts) + 1) * batch.strategy.num_beams
+        return alike and self._rule.generating(rows, len(batch.prompts[0]), batch.limits.max_new_tokens)
 
     def _prompt_ids(self, request: Instance) -> list[int]:
         text = request.args[0]
-        if self._prompt_format.template is None and not self._prompt_format.use_chat_template:
+        if self._prompt_format.template is None:
             return self.tok_encode(text)
         return self._prompt_format.encode(self.tokenizer, text)
 
-    def _settings(self, arguments: dict[str, Any]) -> tuple[Strategy, Limits, list[str]]:
+    def _settings(self, arguments: dict[str, Any]) -> tuple[Strategy, Limits, tuple[str, ...]]:
         until = arguments.get("until") or []
         max_new_tokens = int(self._max_new_tokens or arguments.get("max_gen_toks") or DEFAULT_MAX_NEW_TOKENS)
         if max_new_tokens >= self.max_length:
@@ -185,7 +246,12 @@ class ParallelLM(TemplateLM):
         do_sample = bool(arguments.get("do_sample", False))
         values = {key: arguments[key] for key in ("temperature", "top_k", "top_p") if key in arguments} if do_sample else {}
         strategy = Strategy(do_sample=do_sample, num_beams=int(arguments.get("num_beams", 1)), **values)
-        return strategy, Limits(max_new_tokens, self._stop_ids), [until] if isinstance(until, str) else list(until)
+        return strategy, Limits(max_new_tokens, self._stop_ids), tuple([until] if isinstance(until, str) else until)
+
+
+def request_key(request: Instance) -> RequestKey:
+    """Which request this is, over several calls of lm_eval."""
+    return str(request.request_type), str(request.task_name), int(request.doc_id or 0), request.idx
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:

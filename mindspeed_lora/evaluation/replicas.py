@@ -11,6 +11,7 @@ from typing import Any
 from mindspeed_lora.parallel.collectives import Group, broadcast_object, gather_objects
 
 Handler = Callable[[Sequence[Any]], Iterator[Any]]  # items -> one result per item, in order
+ROUND = 32  # items of a replica before the results are collected: what is lost at most when a run is interrupted
 
 
 class Replicas:
@@ -20,22 +21,25 @@ class Replicas:
         self._handlers, self._drivers, self._rank, self._size = handlers, drivers, rank, size
         self._broken = False  # work was dealt out and not collected
 
-    def map(self, kind: str, items: Sequence[Any], progress: Callable[[int], None]) -> list[Any]:
-        """First driver: the result of every item, in order. Item i is done by replica i modulo their number, so items
-        sorted by length are spread evenly. ``progress`` is told of items done, the other replicas' share estimated.
+    def map(self, kind: str, items: Sequence[Any], take: Callable[[int, Any], None]) -> None:
+        """First driver: hand each item's number and result to ``take``, its own at once, the others' after each round.
+
+        Item i is done by replica i modulo their number, so items sorted by length are spread evenly.
         """
+        step = ROUND * self._size if self._size > 1 else max(len(items), 1)
+        for start in range(0, len(items), step):
+            self._round(kind, items[start : start + step], start, take)
+
+    def _round(self, kind: str, items: Sequence[Any], start: int, take: Callable[[int, Any], None]) -> None:
         self._broken = True
         broadcast_object((kind, items), 0, self._drivers)
-        own = []
-        for result in self._handlers[kind](items[:: self._size]):
-            own.append(result)
-            progress(min(self._size, len(items) - self._size * (len(own) - 1)))
-        results: list[Any] = [None] * len(items)
-        shares: list[Any] = gather_objects(own, self._drivers)
+        for index, result in enumerate(self._handlers[kind](items[:: self._size])):
+            take(start + index * self._size, result)
+        shares: list[Any] = gather_objects(None, self._drivers)
         self._broken = False
         for rank, share in enumerate(shares):
-            results[rank :: self._size] = share
-        return results
+            for index, result in enumerate(share or ()):
+                take(start + index * self._size + rank, result)
 
     def follow(self) -> None:
         """Other drivers: do shares until the first driver releases them."""

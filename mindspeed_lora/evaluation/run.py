@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from mindspeed_lora.arguments.configs import EvaluationConfig
 from mindspeed_lora.errors import UsageError
+from mindspeed_lora.evaluation.batching import BatchRule, Room, measure_room
 from mindspeed_lora.evaluation.results import check_output, score_line, subject_scores, table, write_results
 from mindspeed_lora.evaluation.tasks_mmlu import mmlu_tasks
 from mindspeed_lora.inference.channel import StoppedElsewhere
 from mindspeed_lora.inference.session import Session, lead, open_session
 from mindspeed_lora.log import get_logger
+from mindspeed_lora.parallel.collectives import gather_objects
 
 if TYPE_CHECKING:
     from mindspeed_lora.inference.engine import Engine
@@ -49,7 +53,8 @@ def evaluate(config: EvaluationConfig) -> int:
         session = open_session(config, all_replicas=True, prepare=lambda: tasks.update(_prepare(config)))
     except StoppedElsewhere as stopped:
         return stopped.exit_code
-    return lead(session, lambda engine: _work(config, session, engine, tasks))
+    rule = _batch_rule(config, session)
+    return lead(session, lambda engine: _work(config, session, engine, tasks, rule))
 
 
 def _prepare(config: EvaluationConfig) -> dict[str, list[dict[str, Any]]]:
@@ -71,13 +76,22 @@ def _prepare(config: EvaluationConfig) -> dict[str, list[dict[str, Any]]]:
     return {task: BENCHMARKS[task].load(config.task_data_path, config.num_fewshot) for task in config.tasks}
 
 
-def _work(config: EvaluationConfig, session: Session, engine: Engine, tasks: dict[str, list[dict[str, Any]]]) -> None:
+def _batch_rule(config: EvaluationConfig, session: Session) -> BatchRule:
+    """Collective over all ranks: what the one with the least room can do."""
+    assert session.stage is not None
+    layers, ranks_here = len(session.stage.layer_range), int(os.environ.get("LOCAL_WORLD_SIZE", session.context.world_size))
+    own = measure_room(session.model, layers, session.context, session.stage.dtype, ranks_here)
+    rooms = cast("list[Room]", gather_objects(own, session.channels.world))
+    return BatchRule(config.evaluation_batch_size, functools.reduce(Room.common, rooms))
+
+
+def _work(config: EvaluationConfig, session: Session, engine: Engine, tasks: dict[str, list[dict[str, Any]]], rule: BatchRule) -> None:
     """Driver of each replica: the first runs the benchmarks, the others do their share of the rows."""
     from mindspeed_lora.evaluation.lm import ParallelLM, work_handlers
     from mindspeed_lora.evaluation.replicas import Replicas
 
     context = session.context
-    replicas = Replicas(work_handlers(engine), session.channels.drivers, context.dp_rank, context.dp_size)
+    replicas = Replicas(work_handlers(engine, session.tokenizer), session.channels.drivers, context.dp_rank, context.dp_size)
     if context.dp_rank > 0:
         replicas.follow()
         return
@@ -88,7 +102,7 @@ def _work(config: EvaluationConfig, session: Session, engine: Engine, tasks: dic
             session.prompt_format,
             session.stop_ids,
             session.max_length,
-            config.evaluation_batch_size,
+            rule,
             progress_out=sys.stderr,
             max_new_tokens=config.max_new_tokens,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +20,20 @@ from mindspeed_lora.inference.protocol import Message, Operation, Output, receiv
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.model.stage import GPTStage
 from mindspeed_lora.parallel.context import ParallelContext
+
+
+@dataclass(frozen=True)
+class ScoreBatch:
+    """Rows that are scored together, all behind ``prefix``.
+
+    ``ids`` int64 ``[b, s]``, padded on the *right*; ``wanted`` int64 ``[b, k]``, positions in ``ids`` to score; ``targets`` int64
+    ``[b, k, c]``, the tokens whose log-probability is asked for at each of them.
+    """
+
+    ids: torch.Tensor
+    wanted: torch.Tensor
+    targets: torch.Tensor
+    prefix: tuple[int, ...] = ()
 
 
 class Engine:
@@ -71,17 +86,27 @@ class Engine:
         assert isinstance(result, torch.Tensor)
         return result
 
-    def score(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Iterator[Scores]:
+    def score(self, batches: Iterable[ScoreBatch]) -> Iterator[Scores]:
         """Log-probabilities of given tokens at given positions, one :class:`Scores` per batch, in order.
 
-        As many batches as there are pipeline stages are under way at a time, so that no stage idles.
-
-        Args:
-            batches: (ids int64 ``[b, s]`` padded on the *right*, wanted positions ``[b, k]``, targets ``[b, k, c]``).
+        As many batches as there are pipeline stages are under way at a time, so that no stage idles. A prefix is computed once for
+        the batches behind one another that share it; every stage keeps its own keys and values of it.
         """
         under_way: deque[Message] = deque()
-        for ids, wanted, targets in batches:
-            message = Message(Operation.FORWARD, ids, output=Output.SCORES, wanted=wanted, targets=targets)
+        held: tuple[int, ...] = ()
+        self.reset()
+        for batch in batches:
+            if batch.prefix != held:
+                held = batch.prefix
+                self._hold(held)
+            message = Message(
+                Operation.FORWARD,
+                batch.ids,
+                behind_prefix=bool(held),
+                output=Output.SCORES,
+                wanted=batch.wanted,
+                targets=batch.targets,
+            )
             result = self._order(message)
             if isinstance(result, Scores):
                 yield result
@@ -91,6 +116,13 @@ class Engine:
                 yield self._fetch(under_way.popleft())
         while under_way:
             yield self._fetch(under_way.popleft())
+        self.reset()
+
+    def _hold(self, prefix: tuple[int, ...]) -> None:
+        """Let the cache be the keys and values of ``prefix`` and nothing else."""
+        self.reset()
+        if prefix:
+            self._order(Message(Operation.FORWARD, torch.tensor([prefix], dtype=torch.int64), use_cache=True, keep_last=1))
 
     def _fetch(self, message: Message) -> Scores:
         scores = self._collect(message)

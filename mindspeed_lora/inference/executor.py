@@ -14,7 +14,7 @@ import torch
 
 from mindspeed_lora.inference.channel import Channels
 from mindspeed_lora.inference.protocol import Message, Operation, Output
-from mindspeed_lora.model.decode import DecodeState, KVCache
+from mindspeed_lora.model.decode import DecodeState, KVCache, SharedPrefix
 from mindspeed_lora.model.stage import GPTStage
 from mindspeed_lora.parallel.collectives import PendingSend, receive, send, send_later
 from mindspeed_lora.parallel.context import ParallelContext
@@ -80,7 +80,7 @@ class Executor:
     def _decode_state(self, message: Message) -> DecodeState:
         assert message.ids is not None
         batch, length = message.ids.shape
-        past = self.cache.length if message.use_cache else 0
+        past = self.cache.length if message.use_cache or message.behind_prefix else 0
         real = message.real
         if message.use_cache and (real is not None or self._real is not None):
             new = torch.ones(batch, length, dtype=torch.bool) if real is None else real
@@ -88,13 +88,13 @@ class Executor:
             self._real = real = torch.cat((old, new), dim=1)
         positions, mask = positions_and_mask(real, batch, past, length)
         wanted = message.wanted
-        if message.output == Output.LOGITS and message.keep_last < length:
+        if message.output != Output.SCORES and 0 < message.keep_last < length:
             wanted = torch.arange(length - message.keep_last, length).expand(batch, -1)
         device = self.context.device
         return DecodeState(
             positions=positions.to(device),
             mask=None if mask is None else mask.to(device),
-            cache=self.cache if message.use_cache else None,
+            cache=self.cache if message.use_cache else SharedPrefix(self.cache) if message.behind_prefix else None,
             wanted=None if wanted is None else wanted.to(device),
         )
 

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel, TextStreamer
+from transformers import (
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mindspeed_lora.inference.engine import Engine
@@ -166,11 +175,12 @@ def generate(
     seed: int | None = None,
     use_cache: bool = True,
     streamer: AnswerStreamer | None = None,
+    criteria: Sequence[StoppingCriteria] = (),
 ) -> list[list[int]]:
     """Continue each prompt (token ids); several at once are padded on the left.
 
     ``seed`` starts torch's generators of this process; nothing random happens on other ranks. ``streamer`` takes one
-    prompt and no beams.
+    prompt and no beams. ``criteria`` end a row early.
 
     Returns:
         The new tokens of each prompt, up to and without its stop token.
@@ -187,6 +197,8 @@ def generate(
         **strategy.arguments(),
     )
     inputs: dict[str, Any] = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    if criteria:
+        inputs["stopping_criteria"] = StoppingCriteriaList(criteria)
     if use_cache:
         inputs["past_key_values"] = EngineCache(model.engine)
     output = model.generate(generation_config=config, streamer=streamer, **inputs)  # type: ignore[misc]

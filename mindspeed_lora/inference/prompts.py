@@ -58,11 +58,20 @@ class PromptFormat:
         return ids
 
     def _encode_chat(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+        return tokenizer.encode(self.render_chat(tokenizer, messages), add_special_tokens=False)
+
+    def render_chat(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The tokenizer's own template over ``messages``; without a generation prompt the last message is left open.
+
+        Raises:
+            UsageError: the tokenizer has no chat template.
+        """
         if not tokenizer.chat_template:
             raise UsageError(f"--hf-chat-template: the tokenizer at {tokenizer.name_or_path} has no chat template; use --prompt-type")
         mode: dict[str, Any] = {} if self.thinking == "none" else {"enable_thinking": self.thinking == "true"}
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **mode)
-        return tokenizer.encode(str(text), add_special_tokens=False)
+        if not add_generation_prompt:
+            mode["continue_final_message"] = True
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **mode))
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
         """Ids that end an answer by this form."""

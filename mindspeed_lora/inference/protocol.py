@@ -43,9 +43,11 @@ class Output(IntEnum):
 class Message:
     """One order. CPU tensors.
 
-    ``ids`` int64 ``[b, s]``; ``real`` bool ``[b, s]``, False on padding, None where nothing is padded; ``keep_last``: logits
-    of that many last positions; ``wanted`` int64 ``[b, k]``: positions to score; ``targets`` int64 ``[b, k, c]``: tokens whose
-    log-probability is asked for at each of them; ``rows`` int64 ``[b]`` (REORDER); ``value``: length (CROP), exit code (STOP).
+    ``ids`` int64 ``[b, s]``; ``real`` bool ``[b, s]``, False on padding, None where nothing is padded; ``use_cache``: behind what
+    the cache holds, and kept in it; ``keep_last``: logits of that many last positions (0: of all); ``wanted`` int64 ``[b, k]``:
+    positions to score; ``targets`` int64 ``[b, k, c]``: tokens whose log-probability is asked for at each of them; ``rows`` int64
+    ``[b]`` (REORDER); ``value``: length (CROP), exit code (STOP); ``behind_prefix``: each row behind the one row that the cache
+    holds, and not kept.
     """
 
     operation: Operation
@@ -58,6 +60,7 @@ class Message:
     targets: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     value: int = 0
+    behind_prefix: bool = False
 
 
 def encode(message: Message) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -66,7 +69,7 @@ def encode(message: Message) -> tuple[torch.Tensor, torch.Tensor | None]:
     parts = [tensor.reshape(-1).to(torch.int64) for tensor in tensors if tensor is not None]
     body = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
     batch, length = message.ids.shape if message.ids is not None else (0 if message.rows is None else len(message.rows), 0)
-    flags = int(message.use_cache) | (message.real is not None) << 1 | int(message.output) << 2
+    flags = message.use_cache | (message.real is not None) << 1 | message.behind_prefix << 2 | message.output << 3
     num_wanted = message.keep_last if message.wanted is None else message.wanted.shape[1]
     num_targets = 0 if message.targets is None else message.targets.shape[2]
     header = torch.zeros(HEADER_SIZE, dtype=torch.int64)
@@ -86,7 +89,7 @@ def decode(header: torch.Tensor, body: torch.Tensor | None) -> Message:
         return Message(Operation.REORDER, rows=rest)
     if operation != Operation.FORWARD:
         return Message(Operation(operation), value=value)
-    output, padded = Output(flags >> 2), bool(flags & 2)
+    output, padded = Output(flags >> 3), bool(flags & 2)
     shapes: list[tuple[int, ...]] = [(batch, length)] * (2 if padded else 1)
     if output == Output.SCORES:
         shapes += [(batch, num_wanted), (batch, num_wanted, num_targets)]
@@ -97,6 +100,7 @@ def decode(header: torch.Tensor, body: torch.Tensor | None) -> Message:
         ids=parts[0],
         real=parts[1].bool() if padded else None,
         use_cache=bool(flags & 1),
+        behind_prefix=bool(flags & 4),
         output=output,
         keep_last=0 if output == Output.SCORES else num_wanted,
         wanted=wanted,

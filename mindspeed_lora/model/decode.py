@@ -36,6 +36,10 @@ class KVCache:
             store[layer][:, :, self.length : end] = new
         return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
 
+    def held(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values that ``layer`` holds, each ``[b, g/t, length, d]``."""
+        return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
+
     def advance(self, num_tokens: int) -> None:
         """Count the step's tokens, once every layer has appended them."""
         self.length += num_tokens
@@ -57,6 +61,23 @@ class KVCache:
         self._values.clear()
 
 
+class SharedPrefix:
+    """Keys and values of one prefix ``[1, g/t, prefix, d]`` that every row of a batch stands behind; nothing is added to them."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self.length = cache.length
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prefix's keys and values with ``[b, g/t, s, d]`` behind them in each row."""
+        before = (held.expand(len(key), -1, -1, -1) for held in self._cache.held(layer))
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(before, (key, value), strict=True))
+        return keys, values
+
+    def advance(self, num_tokens: int) -> None:
+        """The batch's own tokens are not kept."""
+
+
 @dataclass(frozen=True)
 class DecodeState:
     """One generation step.
@@ -68,7 +89,7 @@ class DecodeState:
 
     positions: torch.Tensor
     mask: torch.Tensor | None = None
-    cache: KVCache | None = None
+    cache: KVCache | SharedPrefix | None = None
     wanted: torch.Tensor | None = None
 
 
