@@ -146,6 +146,16 @@ class Engine:
         if self.cache_length:
             self._order(Message(Operation.RESET))
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are loaded."""
+        return self._executor.adapters
+
+    def use_adapter(self, name: str | None) -> None:
+        """Answer with this adapter from now on, or with the base alone; forgets the cache."""
+        self.reset()
+        self._order(Message(Operation.ADAPTER, value=0 if name is None else 1 + self.adapters.index(name)))
+
     def stop(self, exit_code: int = 0) -> None:
         """Release the workers; they return ``exit_code``. Nothing after an order that broke off: see the module."""
         if not self._stopped and not self._broken:

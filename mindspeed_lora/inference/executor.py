@@ -14,6 +14,7 @@ import torch
 
 from mindspeed_lora.inference.channel import Channels
 from mindspeed_lora.inference.protocol import Message, Operation, Output
+from mindspeed_lora.lora.inject import adapter_names, select_adapter
 from mindspeed_lora.model.decode import DecodeState, KVCache, SharedPrefix
 from mindspeed_lora.model.stage import GPTStage
 from mindspeed_lora.parallel.collectives import PendingSend, receive, send, send_later
@@ -52,6 +53,7 @@ class Executor:
     def __init__(self, stage: GPTStage, context: ParallelContext, channels: Channels) -> None:
         self.stage, self.context, self.channels = stage, context, channels
         self.cache = KVCache()
+        self.adapters = adapter_names(stage)
         self._real: torch.Tensor | None = None  # bool [b, cached], CPU; None: nothing in the cache is padding
         self._pending: PendingSend | None = None
 
@@ -75,6 +77,8 @@ class Executor:
         elif message.operation == Operation.RESET:
             self.cache.reset()
             self._real = None
+        elif message.operation == Operation.ADAPTER:
+            select_adapter(self.stage, (None, *self.adapters)[message.value])
         return None
 
     def _decode_state(self, message: Message) -> DecodeState:

@@ -29,6 +29,7 @@ class Operation(IntEnum):
     CROP = 3
     RESET = 4
     STOP = 5
+    ADAPTER = 6
 
 
 class Output(IntEnum):
@@ -46,8 +47,8 @@ class Message:
     ``ids`` int64 ``[b, s]``; ``real`` bool ``[b, s]``, False on padding, None where nothing is padded; ``use_cache``: behind what
     the cache holds, and kept in it; ``keep_last``: logits of that many last positions (0: of all); ``wanted`` int64 ``[b, k]``:
     positions to score; ``targets`` int64 ``[b, k, c]``: tokens whose log-probability is asked for at each of them; ``rows`` int64
-    ``[b]`` (REORDER); ``value``: length (CROP), exit code (STOP); ``behind_prefix``: each row behind the one row that the cache
-    holds, and not kept.
+    ``[b]`` (REORDER); ``value``: length (CROP), exit code (STOP), number of the adapter from 1, or 0 for none (ADAPTER);
+    ``behind_prefix``: each row behind the one row that the cache holds, and not kept.
     """
 
     operation: Operation

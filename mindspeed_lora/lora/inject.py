@@ -55,6 +55,25 @@ def inject_lora(
     return count
 
 
+def adapter_names(stage: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that the stage's layers hold, sorted: the same on every rank."""
+    from peft.tuners.lora import LoraLayer
+
+    return tuple(sorted({name for module in stage.modules() if isinstance(module, LoraLayer) for name in module.lora_A}))
+
+
+def select_adapter(stage: nn.Module, name: str | None) -> None:
+    """Let forward passes use the adapter ``name``; None: the base alone. For a stage that is not trained."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in stage.modules():
+        if isinstance(module, LoraLayer):
+            module.enable_adapters(name is not None)
+            if name is not None:
+                module.set_adapter([name])
+    stage.requires_grad_(False)  # peft makes a selected adapter trainable
+
+
 @torch.no_grad()
 def initialize_lora(stage: nn.Module, table: WeightTable, context: ParallelContext, seed: int) -> None:
     """Fill A with this rank's part of the whole matrix that (seed, name) defines; B stays zero."""
