@@ -1,17 +1,14 @@
-"""Chat templates: how a conversation becomes pieces of text, and which of them are trained.
+"""Chat templates by name: how a conversation becomes pieces of text, and which of them are trained.
 
-A template is data (``configs/finetune/templates.json``, in the peer's schema; ``--prompt-type-path`` names another file).
-Every slot of a format is one *element*; each element is encoded by itself and the ids are concatenated, because byte
-pair merges across elements would give other ids than the peer's.
-
-    source (label -100): prefix, system, user      target (trained): assistant
-    later turns:         separator, user                             assistant
+A template is data (``templates.json`` beside this file, ``configs/finetune/templates.json`` in a checkout, in the peer's
+schema; ``--prompt-type-path`` names another file). rendering.py says what the pieces are, tools.py how tools are written.
 
 Source: formats.md 3.3 and 3.4 (MindSpeed-LLM v26.0.0, itself after LLaMA-Factory 0.8.2 and 0.9.4).
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -20,55 +17,50 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindspeed_lora.data.cutting import CutRule, cut_turns
-from mindspeed_lora.data.tokenizer import encode_texts
+from mindspeed_lora.data.cutting import CutRule
+from mindspeed_lora.data.rendering import (
+    ConversationTemplate,
+    Element,
+    ElementEncoder,
+    Message,
+    Special,
+    Token,
+    Turn,
+    check_alternation,
+    missing_tokens,
+    split_system,
+)
+from mindspeed_lora.data.tools import TOOL_FORMATS, describe_tools, parse_calls, write_calls
 from mindspeed_lora.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATES_PATH = Path(__file__).resolve().parents[2] / "configs" / "finetune" / "templates.json"
-THINKING_MODES = ("true", "false", "none")
+__all__ = ["ElementEncoder", "Message", "Template", "Token", "Turn", "load_template", "split_system", "template_from_entry"]
+
+TEMPLATES_PATH = Path(__file__).with_name("templates.json")
 DEFAULT_THOUGHT_WORDS = ("<think>\n", "\n</think>\n\n")
 TEMPLATE_CLASSES = ("Template", "Llama2Template", "LFDefaultTemplate", "ReasoningTemplate")
 
-Message = Mapping[str, str]  # {"role": user | assistant | observation | system, "content": text}
-
-
-@dataclass(frozen=True)
-class Token:
-    """An element that is one token of the vocabulary, by its name."""
-
-    token: str
-
-
-@dataclass(frozen=True)
-class Special:
-    """An element that is the tokenizer's ``bos_token`` or ``eos_token``; nothing where the tokenizer has none."""
-
-    name: str
-
-
-Element = str | Token | Special
-Turn = tuple[tuple[Element, ...], tuple[Element, ...]]  # source, target
-
 _CONTENT: tuple[Element, ...] = ("{{content}}",)
 _EOS = Special("eos_token")
+_MARKER = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>|<(?:start|end)_of_turn>|<reserved_\d+>|\[gMASK\]|<sop>")  # noqa: RUF001
 
 
 @dataclass(frozen=True)
-class Template:
+class Template(ConversationTemplate):
     """One entry of a templates file; see the module for what the parts mean.
 
     ``template_class``: Llama2Template puts the system text inside the first user text; ReasoningTemplate knows thinking;
     the last two of TEMPLATE_CLASSES cut long records by the newer rule. ``efficient_eos``: one eos at the end of the
-    conversation instead of one a turn.
+    conversation instead of one a turn. ``call_format``, ``tool_format``: names in TOOL_FORMATS, for calls and descriptions.
     """
 
     name: str
     user: tuple[Element, ...] = _CONTENT
     assistant: tuple[Element, ...] = (*_CONTENT, _EOS)
     system: tuple[Element, ...] = _CONTENT
+    function: tuple[Element, ...] = (*_CONTENT, _EOS)  # of {{content}}, or of {{name}} and {{arguments}} of a single call
     observation: tuple[Element, ...] = _CONTENT
     separator: tuple[Element, ...] = ()
     prefix: tuple[Element, ...] = ()
@@ -76,6 +68,9 @@ class Template:
     stop_words: tuple[str, ...] = ()
     thought_words: tuple[str, str] = DEFAULT_THOUGHT_WORDS
     efficient_eos: bool = False
+    replace_eos: bool = False  # the first stop word is what the family's chat models end an answer with
+    call_format: str = "default"
+    tool_format: str = "default"
     template_class: str = "Template"
 
     @property
@@ -88,91 +83,124 @@ class Template:
         """How records longer than ``--seq-length`` are cut."""
         return "halves" if self.template_class in ("LFDefaultTemplate", "ReasoningTemplate") else "proportional"
 
+    @property
+    def has_stop(self) -> bool:
+        """Whether an answer ends in a stop token by this template's own form."""
+        tail = "".join(element for element in self.assistant if isinstance(element, str)).split("{{content}}")[-1]
+        return self.efficient_eos or _EOS in self.assistant or any(word in tail for word in self.stop_words)
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) of everything but the name."""
         fields = {key: value for key, value in asdict(self).items() if key != "name"}
         return hashlib.sha256(json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
-    def check_thinking(self, thinking: str) -> str:
-        """Return ``thinking`` if this template can do it.
+    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Sorted ids that end an answer: the tokenizer's eos and the stop words that are one token of its vocabulary."""
+        stops = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+        vocabulary = tokenizer.get_vocab() if self.stop_words else {}
+        return sorted(stops | {vocabulary[word] for word in self.stop_words if word in vocabulary})
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """See that the marks of roles and ends are tokens, not text in pieces, and that an answer can end.
 
         Raises:
-            UsageError: an unknown mode, or true / false with a template without thinking.
+            UsageError: with the tokens that are missing, or with what would end an answer.
         """
-        if thinking not in THINKING_MODES:
-            raise UsageError(f"--enable-thinking {thinking}: give one of {', '.join(THINKING_MODES)}")
-        if thinking != "none" and not self.has_thinking:
+        needed: list[str] = list(self.stop_words)
+        for element in (*self.prefix, *self.system, *self.user, *self.assistant, *self.function, *self.observation, *self.separator):
+            needed += [element.token] if isinstance(element, Token) else _MARKER.findall(element) if isinstance(element, str) else []
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in dict.fromkeys(needed) if token not in vocabulary]
+        if missing:
+            raise missing_tokens(self.name, missing, tokenizer)
+        if tokenizer.eos_token_id is None and (self.efficient_eos or _EOS in self.assistant):
             raise UsageError(
-                f"--enable-thinking {thinking}: template {self.name!r} has no thinking; "
-                "leave the flag out (none), or use --prompt-type qwen3"
+                f"--prompt-type {self.name} ends an answer with the eos token, and the tokenizer at {tokenizer.name_or_path} has none; "
+                "set eos_token in its tokenizer_config.json"
             )
-        return thinking
 
-    def render(self, messages: Sequence[Message], system: str | None = None, thinking: str = "none") -> list[Turn]:
-        """The elements of each turn of a conversation that alternates user (or observation) and assistant.
+    def render(self, messages: Sequence[Message], system: str | None = None, thinking: str = "none", tools: str = "") -> list[Turn]:
+        """The elements of each turn; all answers are to be trained.
 
         Thinking, for a turn without thought words: ``true`` puts an empty thought into the target, ``false`` and ``none``
         into the source; ``false`` also removes the thoughts there are.
 
         Raises:
-            DataError: an odd number of messages, or a role out of turn.
+            DataError: roles out of turn, an odd number of messages, or tools or calls that cannot be read.
         """
-        if len(messages) % 2 or not messages:
-            raise DataError(f"a conversation needs pairs of user and assistant, but it has {len(messages)} messages")
-        turns = []
-        for number in range(len(messages) // 2):
-            answer = self._content(messages[2 * number + 1], ("assistant",))
-            if thinking == "false":
-                answer = self.remove_thought(answer)
-            source = list(self.render_source(messages[2 * number], number, system))
-            target = _fill(self.assistant, content=answer)
-            if self.has_thinking and not self.has_thought(answer):
-                if thinking == "true":
-                    target = (self.empty_thought, *target)
-                else:
-                    source.append(self.empty_thought)
-            turns.append((tuple(source), target))
-        return turns
+        check_alternation(messages)
+        system = self._system_text(system, tools)
+        return [
+            self._turn(messages[number], messages[number + 1], number // 2, system, thinking) for number in range(0, len(messages), 2)
+        ]
 
-    def render_last(self, messages: Sequence[Message], system: str | None = None, thinking: str = "none") -> Turn:
-        """All that comes before the last answer as one source, and that answer as the target.
+    def render_last(self, messages: Sequence[Message], system: str | None = None, thinking: str = "none", tools: str = "") -> Turn:
+        """The prompt before the last answer, and that answer.
 
-        Thoughts of earlier answers are removed; of the last one as :meth:`render` says.
+        Thoughts of answers before the last user's message are removed: a model does not see them again. Those after it, of
+        calls whose result the model still waits for, are kept.
 
         Raises:
             DataError: as :meth:`render`.
         """
-        source, target = self.render(messages, system, thinking)[-1]
-        return (*self._earlier_turns(messages, system), *source), target
+        check_alternation(messages)
+        system = self._system_text(system, tools)
+        asked = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=0)
+        prompt: list[Element] = []
+        for number in range(0, len(messages) - 2, 2):
+            prompt += self._source(messages[number], number // 2, system)
+            text = messages[number + 1]["content"]
+            prompt += self._target(
+                messages[number + 1]["role"], self.remove_thought(text) if self.has_thinking and number + 1 < asked else text
+            )
+        source, target = self._turn(messages[-2], messages[-1], len(messages) // 2 - 1, system, thinking)
+        return (*prompt, *source), target
 
-    def _earlier_turns(self, messages: Sequence[Message], system: str | None) -> list[Element]:
-        """The elements of all turns but the last, their answers without thoughts."""
-        elements: list[Element] = []
-        for number in range((len(messages) - 1) // 2):
-            answer = self._content(messages[2 * number + 1], ("assistant",))
-            elements += self.render_source(messages[2 * number], number, system)
-            elements += _fill(self.assistant, content=self.remove_thought(answer) if self.has_thinking else answer)
-        return elements
-
-    def render_source(self, message: Message, number: int, system: str | None) -> tuple[Element, ...]:
-        """The elements before the answer of turn ``number`` (from 0)."""
+    def _system_text(self, system: str | None, tools: str) -> str:
         system = system or self.default_system
-        content = self._content(message, ("user", "observation"))
-        elements: list[Element] = list(self.separator if number else self.prefix)
+        description = describe_tools(self.tool_format, tools) if tools else ""
+        return system + TOOL_FORMATS[self.tool_format].gap + description if system and description else system + description
+
+    def _turn(self, question: Message, answer: Message, number: int, system: str, thinking: str) -> Turn:
+        text = answer["content"]
+        if thinking == "false":
+            text = self.remove_thought(text)
+        source, target = self._source(question, number, system), self._target(answer["role"], text)
+        if not self.has_thinking or self.has_thought(text):
+            return source, target
+        return (source, (self.empty_thought, *target)) if thinking == "true" else ((*source, self.empty_thought), target)
+
+    def _source(self, message: Message, number: int, system: str) -> tuple[Element, ...]:
+        """The elements before the answer of turn ``number`` (from 0)."""
+        elements: tuple[Element, ...] = self.prefix
+        if number:
+            elements = () if self.template_class == "LFDefaultTemplate" else self.separator
+        content = message["content"]
         values = {"idx": str(number)}
         if self.template_class == "Llama2Template":
             values = {}
-            content = str(_fill(self.system, content=system)[0]) + content if system and number == 0 else content
+            if system and number == 0:
+                content = str(_fill(self.system, content=system)[0]) + content
         elif system and number == 0:
             elements += _fill(self.system, content=system)
         if message["role"] == "user":
-            return (*elements, *_fill(self.user, content=content, **values))
-        return (*elements, *_fill(self.observation, content=content))
+            return elements + _fill(self.user, content=content, **values)
+        return elements + _fill(self.observation, content=content)
 
-    def _content(self, message: Message, roles: tuple[str, ...]) -> str:
-        if message["role"] not in roles:
-            raise DataError(f"a message has role {message['role']!r} where {' or '.join(roles)} must stand")
-        return message["content"]
+    def _target(self, role: str, text: str) -> tuple[Element, ...]:
+        if role != "function":
+            return _fill(self.assistant, content=text)
+        end = self.thought_words[1].strip()
+        thought, _, rest = text.rpartition(end)
+        calls = parse_calls(rest)
+        if thought:
+            thought += end + rest[: len(rest) - len(rest.lstrip())]
+        if not _is_call_form(self.function):
+            return _fill(self.function, content=thought + write_calls(self.call_format, calls))
+        if len(calls) > 1:
+            raise DataError(f"{len(calls)} function calls in one turn, and template {self.name} has room for one")
+        arguments = json.dumps(calls[0].arguments, ensure_ascii=False)
+        return ((thought,) if thought else ()) + _fill(self.function, name=calls[0].name, arguments=arguments)
 
     @property
     def empty_thought(self) -> str:
@@ -189,106 +217,6 @@ class Template:
         tail = re.escape(self.thought_words[1][len(self.thought_words[1].rstrip()) :])
         return re.sub(f"{re.escape(start)}.*?{re.escape(end)}(?:{tail})?", "", text, flags=re.DOTALL).lstrip("\n")
 
-    def encode_conversation(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        messages: Sequence[Message],
-        system: str | None = None,
-        tools: str | None = None,
-        thinking: str = "none",
-        cutoff: int | None = None,
-    ) -> list[tuple[list[int], list[int]]]:
-        """(source ids, target ids) of each turn; cut to ``cutoff`` tokens in all where given. All turns are to be trained.
-
-        Raises:
-            UsageError: ``thinking`` does not fit the template, or a token of the template is not in the vocabulary.
-            DataError: the conversation is malformed, or has tools.
-        """
-        if tools:
-            raise DataError("tool descriptions are not supported by this version; leave the tools column out of --map-keys")
-        system, messages = split_system(messages, system)
-        encoder = ElementEncoder(tokenizer, self.name)
-        turns = self.render(messages, system, self.check_thinking(thinking))
-        encoder.add(element for turn in turns for side in turn for element in side)
-        pairs = [(encoder.ids(source), encoder.ids(target)) for source, target in turns]
-        return pairs if cutoff is None else cut_turns(pairs, cutoff, self.cut_rule)
-
-    def encode_prompt(
-        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], system: str | None = None, thinking: str = "none"
-    ) -> list[int]:
-        """Ids of a conversation up to where the model answers its last message (a user's or an observation).
-
-        Thoughts of earlier answers are removed. With ``none`` and ``false`` the empty thought is part of the prompt, with
-        ``true`` the model writes its own.
-
-        Raises:
-            UsageError, DataError: as encode_conversation.
-        """
-        thinking = self.check_thinking(thinking)
-        system, messages = split_system(messages, system)
-        if len(messages) % 2 == 0:
-            raise DataError(
-                f"a prompt must end with a user's message, but it has {len(messages)} messages; drop the last or add a question"
-            )
-        elements = self._earlier_turns(messages, system)
-        elements += self.render_source(messages[-1], len(messages) // 2, system)
-        if self.has_thinking and thinking != "true":
-            elements.append(self.empty_thought)
-        encoder = ElementEncoder(tokenizer, self.name)
-        encoder.add(elements)
-        return encoder.ids(elements)
-
-    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Sorted ids that end an answer: the tokenizer's eos and the stop words that are one token of its vocabulary."""
-        stops = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-        vocabulary = tokenizer.get_vocab() if self.stop_words else {}
-        return sorted(stops | {vocabulary[word] for word in self.stop_words if word in vocabulary})
-
-    @property
-    def has_stop(self) -> bool:
-        """Whether an answer ends in a stop token by this template's own form."""
-        tail = "".join(element for element in self.assistant if isinstance(element, str)).split("{{content}}")[-1]
-        return self.efficient_eos or _EOS in self.assistant or any(word in tail for word in self.stop_words)
-
-
-class ElementEncoder:
-    """Token ids of elements: :meth:`add` encodes new ones in one call, :meth:`ids` concatenates."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_name: str) -> None:
-        self.tokenizer = tokenizer
-        self._template_name = template_name
-        self._ids: dict[Element, list[int]] = {}
-
-    def add(self, elements: Any) -> None:
-        """Encode those of ``elements`` (an iterable) that are not known yet."""
-        new = [element for element in dict.fromkeys(elements) if element not in self._ids]
-        texts = [element for element in new if isinstance(element, str)]
-        self._ids.update(zip(texts, encode_texts(self.tokenizer, texts), strict=True))
-        self._ids.update((element, self._single(element)) for element in new if not isinstance(element, str))
-
-    def ids(self, elements: Sequence[Element]) -> list[int]:
-        """Concatenated ids of ``elements``, all of them added before."""
-        return [index for element in elements for index in self._ids[element]]
-
-    def _single(self, element: Token | Special) -> list[int]:
-        if isinstance(element, Special):
-            index = self.tokenizer.bos_token_id if element.name == "bos_token" else self.tokenizer.eos_token_id
-            return [] if index is None else [int(index)]
-        index = self.tokenizer.get_vocab().get(element.token)
-        if index is None:
-            raise UsageError(
-                f"--prompt-type {self._template_name} needs the token {element.token!r}, "
-                f"which the tokenizer at {self.tokenizer.name_or_path} lacks"
-            )
-        return [int(index)]
-
-
-def split_system(messages: Sequence[Message], system: str | None) -> tuple[str | None, Sequence[Message]]:
-    """Take a leading system message out of ``messages``; it wins over ``system``."""
-    if messages and messages[0]["role"] == "system":
-        return messages[0]["content"], messages[1:]
-    return system, messages
-
 
 def _fill(form: tuple[Element, ...], **values: str) -> tuple[Element, ...]:
     """Replace the first {{name}} of each text for each of ``values`` in turn; empty texts are left out."""
@@ -302,8 +230,16 @@ def _fill(form: tuple[Element, ...], **values: str) -> tuple[Element, ...]:
     return tuple(filled)
 
 
+def _has(form: tuple[Element, ...], *names: str) -> bool:
+    return all(any(isinstance(element, str) and "{{" + name + "}}" in element for element in form) for name in names)
+
+
+def _is_call_form(form: tuple[Element, ...]) -> bool:
+    return _has(form, "name", "arguments")
+
+
 def load_template(name: str | None, path: Path | None = None) -> Template:
-    """The template ``name`` from ``path`` (default: configs/finetune/templates.json).
+    """The template ``name`` from ``path`` (default: the project's own).
 
     Raises:
         UsageError: no name, no such file or entry, no JSON, or an entry that cannot be read.
@@ -317,55 +253,86 @@ def load_template(name: str | None, path: Path | None = None) -> Template:
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{flag}: not a JSON list of templates with a name each ({error})") from error
     if name is None or name not in entries:
+        near = difflib.get_close_matches(name or "", entries, 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UsageError(
-            f"--prompt-type {name if name else 'is missing'}: {source} has the templates {', '.join(sorted(entries))}; give one of them"
+            f"--prompt-type {name if name else 'is missing'}: {hint}{source} has the templates {', '.join(sorted(entries))}; give one of them"
         )
     return template_from_entry(entries[name], flag)
 
 
+_FORMS = ("user", "assistant", "system", "function", "observation", "separator", "prefix")
+_KEYS = {
+    *("name", "default_system", "stop_words", "thought_words", "efficient_eos", "replace_eos", "force_system", "template_class"),
+    *("format_tools", *(f"format_{form}" for form in _FORMS)),
+}
+
+
 def template_from_entry(entry: Mapping[str, Any], where: str) -> Template:
-    """Read one entry in the peer's schema; keys that only its tool calls or its tokenizer changes use are ignored.
+    """Read one entry in the peer's schema. ``force_system`` is read by nobody, the peer included.
 
     Raises:
-        UsageError: a field has another shape than the schema's, or ``template_class`` is unknown.
+        UsageError: an unknown key, class or tool format, or a field of another shape than the schema's.
     """
-    name = entry["name"]
+    name, where = entry["name"], f"{where}: template {entry['name']!r}"
+    for key in entry.keys() - _KEYS:
+        near = difflib.get_close_matches(key, _KEYS, 1)
+        raise UsageError(f"{where}: unknown key {key!r}; {f'did you mean {near[0]}?' if near else 'known are ' + ', '.join(sorted(_KEYS))}")
     kind = entry.get("template_class") or "Template"
     if kind not in TEMPLATE_CLASSES:
-        raise UsageError(f"{where}: template {name!r} has template_class {kind!r}; known are {', '.join(TEMPLATE_CLASSES)}")
+        raise UsageError(f"{where} has template_class {kind!r}; known are {', '.join(TEMPLATE_CLASSES)}")
     efficient = bool(entry.get("efficient_eos", False))
-    default_system = entry.get("default_system") or ""
-    words = tuple(entry.get("thought_words") or DEFAULT_THOUGHT_WORDS)
-    stops = tuple(entry.get("stop_words") or ())
-    if (
-        len(words) != 2
-        or not all(isinstance(word, str) and word.strip() for word in words)
-        or not all(isinstance(word, str) for word in stops)
-    ):
-        raise UsageError(f"{where}: template {name!r}: thought_words must be two texts and stop_words a list of texts")
+    answer = _CONTENT if efficient else (*_CONTENT, _EOS)
     user = _slots(entry, "format_user", _CONTENT, where)
+    tool_format = _tool_format(entry, "format_tools", "default", where)
+    system, words, stops = _texts(entry, where)
     return Template(
         name=name,
         user=user,
-        assistant=_slots(entry, "format_assistant", _CONTENT if efficient else (*_CONTENT, _EOS), where),
+        assistant=_slots(entry, "format_assistant", answer, where),
         system=_slots(entry, "format_system", _CONTENT, where),
+        function=_slots(entry, "format_function", answer, where),
         observation=_slots(entry, "format_observation", user, where),
         separator=_slots(entry, "format_separator", (), where),
         prefix=_slots(entry, "format_prefix", (), where),
-        default_system="".join(default_system),
+        default_system=system,
         stop_words=stops,
         thought_words=(words[0], words[1]),
         efficient_eos=efficient,
+        replace_eos=bool(entry.get("replace_eos", False)),
+        call_format=_tool_format(entry, "format_function", tool_format, where),
+        tool_format=tool_format,
         template_class=kind,
     )
 
 
+def _texts(entry: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """Default system text (a list is joined), thought words, stop words."""
+    system = entry.get("default_system") or ""
+    lines = [system] if isinstance(system, str) else system
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise UsageError(f"{where}: default_system is {system!r}; give a text, or a list of texts that are joined")
+    words, stops = entry.get("thought_words") or DEFAULT_THOUGHT_WORDS, entry.get("stop_words") or ()
+    if len(words) != 2 or not all(isinstance(word, str) and word.strip() for word in words):
+        raise UsageError(f"{where}: thought_words must be two texts, the beginning and the end of a thought, but are {words!r}")
+    if isinstance(stops, str) or not all(isinstance(word, str) and word for word in stops):
+        raise UsageError(f"{where}: stop_words must be a list of texts, but is {stops!r}")
+    return "".join(lines), tuple(words), tuple(stops)
+
+
+def _tool_format(entry: Mapping[str, Any], key: str, default: str, where: str) -> str:
+    name = (entry.get(key) or {}).get("tool_format") or default
+    if name not in TOOL_FORMATS:
+        raise UsageError(f"{where}: {key} has the tool_format {name!r}; known are {', '.join(TOOL_FORMATS)}")
+    return str(name)
+
+
 def _slots(entry: Mapping[str, Any], key: str, default: tuple[Element, ...], where: str) -> tuple[Element, ...]:
     form = entry.get(key)
-    if not form:
+    if not form or not form.get("slots"):
         return default
     elements: list[Element] = []
-    for slot in form.get("slots") or ():
+    for slot in form["slots"]:
         if isinstance(slot, str):
             elements.append(slot)
         elif isinstance(slot, dict) and isinstance(slot.get("token"), str):
@@ -374,7 +341,14 @@ def _slots(entry: Mapping[str, Any], key: str, default: tuple[Element, ...], whe
             elements.append(Special(slot[0]))
         else:
             raise UsageError(
-                f"{where}: template {entry['name']!r}: {key} has the slot {slot!r}; "
-                'a slot is a text, {"token": ...}, ["bos_token"] or ["eos_token"]'
+                f"{where}: {key} has the slot {slot!r}; a slot is a text, "
+                '{"token": ...}, ["bos_token"] or ["eos_token"]'
             )
-    return tuple(elements)
+    found = tuple(elements)
+    if key in ("format_separator", "format_prefix"):
+        if _has(found, "content"):
+            raise UsageError(f"{where}: {key} has {{{{content}}}}, but nothing is put there; it stands before the text")
+    elif not _has(found, "content") and not (key == "format_function" and _is_call_form(found)):
+        either = " (or {{name}} and {{arguments}})" if key == "format_function" else ""
+        raise UsageError(f"{where}: no slot of {key} has {{{{content}}}}{either}, so that the text would be lost")
+    return found
