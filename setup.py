@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["mindspeed_lora", "mindspeed_lora.*"]),
+    package_data={"mindspeed_lora.data": ["templates.json"]},
     install_requires=[
         "torch>=2.7.1,<2.14",
         "transformers>=4.51",

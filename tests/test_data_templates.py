@@ -169,13 +169,13 @@ def test_bad_conversations_and_modes(tokenizer: Any) -> None:
         qwen3.encode_prompt(tokenizer, [USER], thinking="maybe")
     with pytest.raises(DataError, match="must end with a user's message"):
         qwen3.encode_prompt(tokenizer, [USER, assistant("x")])
-    with pytest.raises(DataError, match="role 'user' where assistant must stand"):
+    with pytest.raises(DataError, match="role 'user' where assistant or function must stand"):
         qwen3.encode_conversation(tokenizer, [USER, USER])
     with pytest.raises(DataError, match="pairs of user and assistant"):
         qwen3.encode_conversation(tokenizer, [USER])
-    with pytest.raises(DataError, match="tool descriptions are not supported"):
+    with pytest.raises(DataError, match="the tools are no JSON"):
         qwen3.encode_conversation(tokenizer, [USER, assistant("x")], tools="[...]")
-    with pytest.raises(UsageError, match="needs the token '<gone>'"):
+    with pytest.raises(UsageError, match="needs the token <gone>"):
         from mindspeed_lora.data.templates import Token
 
         Template("t", prefix=(Token("<gone>"),)).encode_prompt(tokenizer, [USER])

@@ -91,6 +91,7 @@ class TemplateFlags:
     prompt_type: str | None = None
     prompt_type_path: Path | None = None
     enable_thinking: str | None = None
+    hf_chat_template: bool = False  # the tokenizer's own instead of prompt_type
 
 
 @dataclass(frozen=True)

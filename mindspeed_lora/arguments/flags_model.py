@@ -126,7 +126,7 @@ TEMPLATE = [
         "--prompt-type",
         (*RUNS, PREPROCESS),
         "template",
-        "chat template: qwen3, llama2, default or empty",
+        "chat template by name: qwen3, llama3, default, ... (docs/templates.md has all 33)",
         TEXT,
         "template.prompt_type",
         default_text="the data's or adapter's own",
@@ -150,6 +150,14 @@ TEMPLATE = [
         "template.enable_thinking",
         choices=("true", "false", "none"),
         default_text="the data's or adapter's own, else none",
+    ),
+    active(
+        "--hf-chat-template",
+        (TRAIN, PREPROCESS),
+        "template",
+        "render records with the tokenizer's own chat template (not with --prompt-type)",
+        None,
+        "template.hf_chat_template",
     ),
 ]
 

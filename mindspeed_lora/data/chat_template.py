@@ -155,9 +155,10 @@ class ChatTemplate(ConversationTemplate):
     def _apply(self, chat: list[dict[str, Any]], tools: list[dict[str, Any]], thinking: str, **options: Any) -> Any:
         from jinja2 import TemplateError
 
-        mode = {} if thinking == "none" else {"enable_thinking": thinking == "true"}
+        if thinking != "none":
+            options["enable_thinking"] = thinking == "true"
         try:
-            return self.tokenizer.apply_chat_template(chat, tools=tools or None, **mode, **options)
+            return self.tokenizer.apply_chat_template(chat, tools=list(tools) or None, **options)
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the chat template refuses the conversation: {error}") from error
 
@@ -184,11 +185,9 @@ def open_template(flags: TemplateFlags, tokenizer: PreTrainedTokenizerBase) -> C
     """The template that the flags name: the tokenizer's own, or one of a file.
 
     Raises:
-        UsageError: both or none are named, the tokenizer has none or lacks tokens of it, or as :func:`load_template`.
+        UsageError: none is named, the tokenizer has no chat template or lacks tokens of the template, or as :func:`load_template`.
     """
     if flags.hf_chat_template:
-        if flags.prompt_type is not None:
-            raise UsageError(f"--hf-chat-template and --prompt-type {flags.prompt_type} exclude each other; leave one out")
         return ChatTemplate.of(tokenizer)
     template = load_template(flags.prompt_type, flags.prompt_type_path)
     template.check_tokenizer(tokenizer)

@@ -18,8 +18,7 @@ import numpy.typing as npt
 from mindspeed_lora.arguments.configs import TokenizerFlags
 from mindspeed_lora.data.forms import Part, Recipe, Row
 from mindspeed_lora.data.readers import BrokenRecord, Record
-from mindspeed_lora.data.records import SkippedRecord
-from mindspeed_lora.data.templates import ElementEncoder
+from mindspeed_lora.data.rendering import ElementEncoder
 from mindspeed_lora.data.tokenizer import load_tokenizer
 from mindspeed_lora.errors import DataError
 
@@ -86,7 +85,7 @@ class RecordEncoder:
             return record.reason
         try:
             return self.form.parts(record, notes)
-        except SkippedRecord as error:
+        except DataError as error:
             return str(error)
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mindspeed_lora.data.cutting import Pair, cut_turns
 from mindspeed_lora.data.packing import IGNORED
 from mindspeed_lora.data.records import Columns, Conversation
-from mindspeed_lora.data.templates import Element, ElementEncoder, Template
+from mindspeed_lora.data.rendering import ConversationTemplate, Element, ElementEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ class Recipe:
 
     form: type[Form]
     columns: Columns
-    template: Template
+    template: ConversationTemplate
     thinking: str
     seq_length: int | None
     append_eod: bool = False
@@ -100,7 +100,10 @@ class InstructionForm(Form):
         """Source and target of each turn."""
         conversation = self.recipe.columns.conversation(record)
         note_empty_texts(conversation, notes)
-        turns = self.template.render(conversation.messages, conversation.system, self.recipe.thinking)
+        turns = self.template.render(conversation.messages, conversation.system, self.recipe.thinking, conversation.tools)
+        notes["answers not trained, for the chat template writes them in another way once a turn follows"] += max(
+            len(conversation.messages) // 2 - len(turns), 0
+        )
         return [side for turn in turns for side in turn]
 
     def rows(self, ids: Sequence[list[int]], notes: Counter[str]) -> list[Row]:
@@ -118,7 +121,7 @@ class InstructionForm(Form):
                 hidden[:1] = efficient_eos
             labels += hidden
             labels += target
-            notes["turns without a stop token at the end"] += not efficient_eos and not self._stops.ends(target)
+            notes["turns without a stop token at the end"] += bool(target) and not efficient_eos and not self._stops.ends(target)
         end = [*efficient_eos, *self.eod]
         input_ids += end
         labels += end
@@ -144,7 +147,7 @@ class PairwiseForm(Form):
         preference = self.recipe.columns.preference(record)
         notes["records whose answers are equal"] += preference.chosen["content"] == preference.rejected["content"]
         (prompt, chosen), (_, rejected) = (
-            self.template.render_last([*preference.prompt, answer], preference.system, self.recipe.thinking)
+            self.template.render_last([*preference.prompt, answer], preference.system, self.recipe.thinking, preference.tools)
             for answer in (preference.chosen, preference.rejected)
         )
         return [prompt, chosen, rejected]
@@ -164,7 +167,7 @@ class PairwiseForm(Form):
 class StopCheck:
     """Whether an answer ends with a stop token of the template, blanks after it aside."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ConversationTemplate) -> None:
         self._stops = set(template.stop_token_ids(tokenizer))
         blank = ElementEncoder(tokenizer, template.name)
         blank.add(("\n", " ", "\n\n"))

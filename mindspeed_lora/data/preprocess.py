@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mindspeed_lora.arguments.configs import PreprocessConfig, TokenizerFlags
+from mindspeed_lora.data.chat_template import open_template
 from mindspeed_lora.data.encoding import EncodedChunk, encode_chunks
 from mindspeed_lora.data.forms import Form, InstructionForm, Recipe
 from mindspeed_lora.data.handlers import handler_of
@@ -26,7 +27,7 @@ from mindspeed_lora.data.packing import IGNORED, NEAT_PACK, PACK, fill_bags, pac
 from mindspeed_lora.data.readers import RecordSource, open_records
 from mindspeed_lora.data.records import check_columns, columns_of, used_columns
 from mindspeed_lora.data.sft_dataset import KEYS, key_stem, manifest_name
-from mindspeed_lora.data.templates import load_template
+from mindspeed_lora.data.templates import Template, load_template
 from mindspeed_lora.data.tokenizer import load_tokenizer, pad_token_id, tokenizer_fingerprint
 from mindspeed_lora.errors import DataError, UsageError
 from mindspeed_lora.files import fsync_path, temporary_name
@@ -142,14 +143,18 @@ def write_dataset(config: PreprocessConfig, flags: FlagNames = FlagNames()) -> P
     columns = columns_of(handler.columns, config.map_keys)
     if config.pack and handler.form is not InstructionForm:
         raise UsageError(f"--pack packs instruction data, which --handler-name {config.handler_name} does not make; leave it out")
-    template = load_template(config.template.prompt_type, config.template.prompt_type_path)
-    thinking = template.check_thinking(config.template.enable_thinking or "none")
+    if not config.template.hf_chat_template:  # before anything is read
+        load_template(config.template.prompt_type, config.template.prompt_type_path).check_thinking(
+            config.template.enable_thinking or "none"
+        )
     source = open_records(config.input, flags.input)
     found = source.columns(set(used_columns(columns, handler.used).values()))
     if not found:
         raise DataError(f"{flags.input} {config.input}: no records in it")
     check_columns(columns, handler.used, config.map_keys, found)
     tokenizer = load_tokenizer(config.tokenizer)
+    template = open_template(config.template, tokenizer)
+    thinking = template.check_thinking(config.template.enable_thinking or "none")
     recipe = Recipe(handler.form, columns, template, thinking, config.seq_length, config.append_eod, config.neat_pack)
     _warn_about(recipe, tokenizer)
     report = PreprocessReport()
@@ -183,11 +188,10 @@ def _warn_about(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     template = recipe.template
     if not template.has_stop:
         get_logger().warning(f"template {template.name!r} ends no answer with a stop token: a model trained on it does not learn to stop")
-    missing = [word for word in template.stop_words if word not in tokenizer.get_vocab()]
-    if missing:
+    if isinstance(template, Template) and template.replace_eos and template.stop_words[:1] != (tokenizer.eos_token,):
         get_logger().warning(
-            f"the tokenizer at {tokenizer.name_or_path} has no token {', '.join(missing)}, which ends the answers of template "
-            f"{template.name!r}; is --prompt-type right for this model?"
+            f"the chat models of template {template.name!r} end an answer with {template.stop_words[0]}, but the tokenizer at "
+            f"{tokenizer.name_or_path} has the eos token {tokenizer.eos_token}, which is what the template's eos becomes"
         )
 
 

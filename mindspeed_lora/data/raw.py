@@ -19,11 +19,11 @@ from typing import Any, NoReturn
 
 from mindspeed_lora import __version__
 from mindspeed_lora.arguments.configs import DataFlags, PreprocessConfig, TemplateFlags, TokenizerFlags
+from mindspeed_lora.data.chat_template import open_template
 from mindspeed_lora.data.handlers import ALPACA_HANDLER, SHAREGPT_HANDLER
 from mindspeed_lora.data.preprocess import FlagNames, write_dataset
 from mindspeed_lora.data.readers import EXTENSIONS, open_records
 from mindspeed_lora.data.sft_dataset import data_prefix, has_pair, manifest_name
-from mindspeed_lora.data.templates import load_template
 from mindspeed_lora.data.tokenizer import TOKENIZER_FILES, load_tokenizer, tokenizer_fingerprint
 from mindspeed_lora.errors import CheckpointError, DataError, MindSpeedLoraError, UsageError
 from mindspeed_lora.files import atomic_directory, write_json
@@ -91,8 +91,8 @@ def prepare_raw_data(flags: DataFlags, tokenizer: TokenizerFlags, template: Temp
 def cache_key(config: PreprocessConfig) -> str:
     """SHA-256 (hex) over everything that decides the preprocessed data, this program's version included."""
     files = open_records(config.input, "--data-path").files
-    template = load_template(config.template.prompt_type, config.template.prompt_type_path)
     tokenizer = load_tokenizer(config.tokenizer)
+    template = open_template(config.template, tokenizer)
     folder = Path(tokenizer.name_or_path)
     content = {
         "version": __version__,

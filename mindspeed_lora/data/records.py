@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from mindspeed_lora.data.templates import Message
+from mindspeed_lora.data.rendering import Message
 from mindspeed_lora.errors import DataError, UsageError
 
 
@@ -138,7 +138,7 @@ class SharegptColumns:
         """The conversation of one record.
 
         Raises:
-            SkippedRecord: roles out of turn, an odd number of messages, a message without text, or tool calls.
+            SkippedRecord: roles out of turn, an odd number of messages, or a message without text.
         """
         messages, system = self._messages(record)
         if not messages or len(messages) % 2:
@@ -168,9 +168,9 @@ class SharegptColumns:
         return [self._message(message, turn) for turn, message in enumerate(messages)], system
 
     def _tools(self, record: Mapping[str, Any]) -> str:
-        if self.tools and record.get(self.tools):
-            raise SkippedRecord("tools are not supported by this version")
-        return ""
+        """The tools as JSON text; a list in the record is written as such."""
+        value = record.get(self.tools) if self.tools else None
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) if value else ""
 
     def _reply(self, record: Mapping[str, Any], column: str | None) -> Message:
         value = record.get(column) if column else None
@@ -186,9 +186,12 @@ class SharegptColumns:
         tags, role = self.tags, message.get(self.tags.role_tag) if self.tags.role_tag else None
         if role is None or role not in ((tags.user_tag, tags.observation_tag), (tags.assistant_tag, tags.function_tag))[turn % 2]:
             raise SkippedRecord(f"role {role!r} out of turn")
-        if role == tags.function_tag and role != tags.assistant_tag:
-            raise SkippedRecord("function calls are not supported by this version")
-        known = {tags.observation_tag: "observation", tags.assistant_tag: "assistant", tags.user_tag: "user"}
+        known = {
+            tags.observation_tag: "observation",
+            tags.function_tag: "function",
+            tags.assistant_tag: "assistant",
+            tags.user_tag: "user",
+        }
         return {"role": known[role], "content": self._content(message)}
 
     def _content(self, message: Mapping[str, Any]) -> str:

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mindspeed_lora.arguments.configs import TemplateFlags
+from mindspeed_lora.data.chat_template import open_template
 from mindspeed_lora.data.indexed_dataset import IndexedDataset, bin_path, idx_path
 from mindspeed_lora.data.packing import IGNORED, ends_after_token, ends_of_segments, without_padding
-from mindspeed_lora.data.templates import load_template
 from mindspeed_lora.data.tokenizer import tokenizer_fingerprint
 from mindspeed_lora.errors import DataError, UsageError
 from mindspeed_lora.manifest import Manifest, read_manifest
@@ -170,13 +170,12 @@ def check_data_manifest(manifest: Manifest | None, tokenizer: PreTrainedTokenize
             f"but this run uses {tokenizer.name_or_path} ({found[:12]}); pass the same --tokenizer-name-or-path, or preprocess again"
         )
     template = manifest.template or {}
-    if flags.prompt_type is not None and "fingerprint" in template:
-        fingerprint = load_template(flags.prompt_type, flags.prompt_type_path).fingerprint()
-        if fingerprint != template["fingerprint"]:
-            raise UsageError(
-                f"--prompt-type {flags.prompt_type} is not what the data was made with: {template.get('name')} (content differs); "
-                "leave the flag out, or preprocess again"
-            )
+    asked = "--hf-chat-template" if flags.hf_chat_template else f"--prompt-type {flags.prompt_type}" if flags.prompt_type else ""
+    made = template.get("fingerprint")
+    if asked and made is not None and open_template(flags, tokenizer).fingerprint() != made:
+        raise UsageError(
+            f"{asked} is not what the data was made with: {template.get('name')} (content differs); leave the flag out, or preprocess again"
+        )
     mode = template.get("enable_thinking")
     if flags.enable_thinking is not None and mode is not None and flags.enable_thinking != mode:
         raise UsageError(

@@ -44,7 +44,7 @@ TEMPLATE_CLASSES = ("Template", "Llama2Template", "LFDefaultTemplate", "Reasonin
 
 _CONTENT: tuple[Element, ...] = ("{{content}}",)
 _EOS = Special("eos_token")
-_MARKER = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>|<(?:start|end)_of_turn>|<reserved_\d+>|\[gMASK\]|<sop>")  # noqa: RUF001
+_MARKER = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>|<(?:start|end)_of_turn>|<reserved_\d+>|\[gMASK\]|<sop>")
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class Template(ConversationTemplate):
         return self.efficient_eos or _EOS in self.assistant or any(word in tail for word in self.stop_words)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of everything but the name."""
-        fields = {key: value for key, value in asdict(self).items() if key != "name"}
+        """SHA-256 (hex) of all that makes the text."""
+        fields = {key: value for key, value in asdict(self).items() if key not in ("name", "replace_eos")}
         return hashlib.sha256(json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -130,9 +130,7 @@ class Template(ConversationTemplate):
         """
         check_alternation(messages)
         system = self._system_text(system, tools)
-        return [
-            self._turn(messages[number], messages[number + 1], number // 2, system, thinking) for number in range(0, len(messages), 2)
-        ]
+        return [self._turn(messages[number], messages[number + 1], number // 2, system, thinking) for number in range(0, len(messages), 2)]
 
     def render_last(self, messages: Sequence[Message], system: str | None = None, thinking: str = "none", tools: str = "") -> Turn:
         """The prompt before the last answer, and that answer.
@@ -255,9 +253,8 @@ def load_template(name: str | None, path: Path | None = None) -> Template:
     if name is None or name not in entries:
         near = difflib.get_close_matches(name or "", entries, 3, 0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(
-            f"--prompt-type {name if name else 'is missing'}: {hint}{source} has the templates {', '.join(sorted(entries))}; give one of them"
-        )
+        given = name or "is missing"
+        raise UsageError(f"--prompt-type {given}: {hint}{source} has the templates {', '.join(sorted(entries))}; give one of them")
     return template_from_entry(entries[name], flag)
 
 
@@ -340,10 +337,7 @@ def _slots(entry: Mapping[str, Any], key: str, default: tuple[Element, ...], whe
         elif isinstance(slot, list) and len(slot) == 1 and slot[0] in ("bos_token", "eos_token"):
             elements.append(Special(slot[0]))
         else:
-            raise UsageError(
-                f"{where}: {key} has the slot {slot!r}; a slot is a text, "
-                '{"token": ...}, ["bos_token"] or ["eos_token"]'
-            )
+            raise UsageError(f'{where}: {key} has the slot {slot!r}; a slot is a text, {{"token": ...}}, ["bos_token"] or ["eos_token"]')
     found = tuple(elements)
     if key in ("format_separator", "format_prefix"):
         if _has(found, "content"):

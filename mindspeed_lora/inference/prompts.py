@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_lora.arguments.configs import TemplateFlags
+from mindspeed_lora.data.chat_template import HF_CHAT_TEMPLATE
 from mindspeed_lora.data.templates import Template, load_template
 from mindspeed_lora.errors import CheckpointError, UsageError
 
@@ -101,6 +102,9 @@ def resolve_prompt_format(flags: TemplateFlags, hf_chat_template: bool, recorded
             raise UsageError(f"--enable-thinking {thinking} needs a template, but --prompt-type is {RAW}; name a template or leave it out")
         return PromptFormat(None, hf_chat_template, thinking, "--hf-chat-template" if hf_chat_template else f"--prompt-type {RAW}")
     name = flags.prompt_type or known.get("name")
+    if name == HF_CHAT_TEMPLATE:
+        recorded_mode = known.get("enable_thinking")
+        return PromptFormat(None, True, flags.enable_thinking or recorded_mode or "none", where)
     if name is None:
         if thinking != "none":
             raise UsageError(f"--enable-thinking {thinking} needs a template; pass --prompt-type")
