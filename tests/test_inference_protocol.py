@@ -82,37 +82,36 @@ def test_scores_are_log_probabilities() -> None:
 
 
 def test_the_format_comes_from_the_manifest_unless_a_flag_says_so() -> None:
-    chosen = resolve_prompt_format(TemplateFlags(), False, RECORDED, "adapter")
+    chosen = resolve_prompt_format(TemplateFlags(), RECORDED, "adapter")
     assert (chosen.name, chosen.thinking, chosen.source) == ("qwen3", "none", "adapter")
-    assert resolve_prompt_format(TemplateFlags(prompt_type="raw"), False, RECORDED, "adapter").name == "raw"
-    assert resolve_prompt_format(TemplateFlags(prompt_type="llama2"), False, None, "adapter").name == "llama2"
-    assert resolve_prompt_format(TemplateFlags(), False, None, "adapter").name == "raw"
-    assert resolve_prompt_format(TemplateFlags(), True, None, "adapter").use_chat_template
+    assert resolve_prompt_format(TemplateFlags(prompt_type="raw"), RECORDED, "adapter").name == "raw"
+    assert resolve_prompt_format(TemplateFlags(prompt_type="llama2"), None, "adapter").name == "llama2"
+    assert resolve_prompt_format(TemplateFlags(), None, "adapter").name == "raw"
+    assert resolve_prompt_format(TemplateFlags(hf_chat_template=True), None, "adapter").use_chat_template
 
 
 @pytest.mark.parametrize(
-    ("flags", "chat", "words"),
+    ("flags", "words"),
     [
-        (TemplateFlags(prompt_type="llama2"), False, ("--prompt-type llama2", "ADAPTER", "qwen3")),
-        (TemplateFlags(enable_thinking="true"), False, ("--enable-thinking true", "ADAPTER", "none")),
-        (TemplateFlags(prompt_type="qwen3"), True, ("--hf-chat-template", "--prompt-type qwen3")),
-        (TemplateFlags(prompt_type="raw", enable_thinking="true"), False, ("--enable-thinking true", "raw")),
-        (TemplateFlags(prompt_type="no_such"), False, ("--prompt-type no_such",)),
+        (TemplateFlags(prompt_type="llama2"), ("--prompt-type llama2", "ADAPTER", "qwen3")),
+        (TemplateFlags(enable_thinking="true"), ("--enable-thinking true", "ADAPTER", "none")),
+        (TemplateFlags(prompt_type="raw", enable_thinking="true"), ("--enable-thinking true", "raw")),
+        (TemplateFlags(prompt_type="no_such"), ("--prompt-type no_such",)),
     ],
 )
-def test_flags_that_contradict_the_adapter_are_refused_with_both_sources(flags: TemplateFlags, chat: bool, words: tuple[str, ...]) -> None:
+def test_flags_that_contradict_the_adapter_are_refused_with_both_sources(flags: TemplateFlags, words: tuple[str, ...]) -> None:
     recorded = {} if flags.prompt_type == "no_such" else RECORDED
     with pytest.raises(UsageError) as caught:
-        resolve_prompt_format(flags, chat, recorded, "ADAPTER")
+        resolve_prompt_format(flags, recorded, "ADAPTER")
     assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_another_version_of_the_template_is_refused() -> None:
     recorded = {**RECORDED, "fingerprint": "0" * 64}
     with pytest.raises(CheckpointError, match="another version of template qwen3"):
-        resolve_prompt_format(TemplateFlags(), False, recorded, "ADAPTER")
+        resolve_prompt_format(TemplateFlags(), recorded, "ADAPTER")
     recorded["fingerprint"] = load_template("qwen3").fingerprint()
-    assert resolve_prompt_format(TemplateFlags(), False, recorded, "ADAPTER").name == "qwen3"
+    assert resolve_prompt_format(TemplateFlags(), recorded, "ADAPTER").name == "qwen3"
 
 
 @pytest.mark.parametrize(

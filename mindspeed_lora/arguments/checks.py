@@ -57,8 +57,7 @@ def check_values(command: str, values: Values, sources: Sources) -> list[str]:
         _check_rope_scaling(values, sources)
     if command == TRAIN:
         notes += _check_training(values, sources)
-    chat = ("template.hf_chat_template", "hf_chat_template", "use_chat_template")
-    if any(map(values.get, chat)) and "template.prompt_type" in values:
+    if values.get("template.hf_chat_template") and "template.prompt_type" in values:
         raise UsageError("--hf-chat-template and --prompt-type contradict each other; keep one of them")
     if command == CONVERT:
         _check_conversion(values, sources)

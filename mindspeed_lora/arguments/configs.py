@@ -198,7 +198,6 @@ class InferenceConfig:
     temperature: float = 0.7
     use_kv_cache: bool = True
     add_eos_token: tuple[str, ...] = ()
-    hf_chat_template: bool = False
     micro_batch_size: int = 1
 
 
@@ -219,7 +218,6 @@ class EvaluationConfig:
     max_eval_samples: int | None = None  # per subject
     evaluation_batch_size: int | None = None  # rows; None: as many as fit by our estimate
     max_new_tokens: int | None = None
-    use_chat_template: bool = False  # mmlu scores log-likelihoods of letters: no template unless --prompt-type asks
     output_path: Path | None = None  # folder of results; None: evaluation_results/<checkpoint>-<time>
 
 

@@ -153,9 +153,9 @@ TEMPLATE = [
     ),
     active(
         "--hf-chat-template",
-        (TRAIN, PREPROCESS),
+        (*RUNS, PREPROCESS),
         "template",
-        "render records with the tokenizer's own chat template (not with --prompt-type)",
+        "the tokenizer's own chat template, for data as for prompts (not with --prompt-type)",
         None,
         "template.hf_chat_template",
     ),

@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 HF_CHAT_TEMPLATE = "hf-chat-template"  # the name in manifests
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THOUGHT_END = "</think>"
+_PROBE: list[dict[str, Any]] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 @dataclass(frozen=True)
 class ChatTemplate(ConversationTemplate):
-    """The chat template of ``tokenizer``, checked by :meth:`of`."""
+    """The chat template of ``tokenizer``; made by :meth:`of`."""
 
     tokenizer: PreTrainedTokenizerBase
     name = HF_CHAT_TEMPLATE
@@ -45,18 +46,10 @@ class ChatTemplate(ConversationTemplate):
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-        """Raises UsageError where the tokenizer has no chat template, or one that cannot render a question and an answer."""
+        """Raises UsageError where the tokenizer has no chat template."""
         if not tokenizer.chat_template:
             raise UsageError(f"--hf-chat-template: the tokenizer at {tokenizer.name_or_path} has no chat template; use --prompt-type")
-        found = cls(tokenizer)
-        try:
-            found.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        except DataError as error:
-            raise UsageError(
-                f"--hf-chat-template: the chat template of the tokenizer at {tokenizer.name_or_path} cannot be trained with: {error}; "
-                "use --prompt-type"
-            ) from error
-        return found
+        return cls(tokenizer)
 
     @property
     def source(self) -> str:
@@ -78,8 +71,7 @@ class ChatTemplate(ConversationTemplate):
     def has_stop(self) -> bool:
         """Whether an answer ends in the eos token."""
         eos = self.tokenizer.eos_token
-        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        return eos is not None and self._text(chat, [], "none").rstrip().endswith(str(eos))
+        return eos is not None and self._text(_PROBE, [], "none").rstrip().endswith(str(eos))
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the Jinja text."""
@@ -90,7 +82,18 @@ class ChatTemplate(ConversationTemplate):
         return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Nothing to check: template and tokenizer come together."""
+        """Template and tokenizer come together; see that the template can render a question and an answer to train.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        try:
+            self.render(_PROBE)
+        except DataError as error:
+            raise UsageError(
+                f"--hf-chat-template: the chat template of the tokenizer at {tokenizer.name_or_path} cannot be trained with: {error}; "
+                "use --prompt-type"
+            ) from error
 
     def render(self, messages: Sequence[Message], system: str | None = None, thinking: str = "none", tools: str = "") -> list[Turn]:
         """The turns whose answers can be trained, with all that stands before each answer.
@@ -188,7 +191,8 @@ def open_template(flags: TemplateFlags, tokenizer: PreTrainedTokenizerBase) -> C
         UsageError: none is named, the tokenizer has no chat template or lacks tokens of the template, or as :func:`load_template`.
     """
     if flags.hf_chat_template:
-        return ChatTemplate.of(tokenizer)
-    template = load_template(flags.prompt_type, flags.prompt_type_path)
+        template: ConversationTemplate = ChatTemplate.of(tokenizer)
+    else:
+        template = load_template(flags.prompt_type, flags.prompt_type_path)
     template.check_tokenizer(tokenizer)
     return template

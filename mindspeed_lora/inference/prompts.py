@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_lora.arguments.configs import TemplateFlags
-from mindspeed_lora.data.chat_template import HF_CHAT_TEMPLATE
+from mindspeed_lora.data.chat_template import HF_CHAT_TEMPLATE, ChatTemplate
 from mindspeed_lora.data.templates import Template, load_template
 from mindspeed_lora.errors import CheckpointError, UsageError
 
@@ -80,16 +80,34 @@ class PromptFormat:
             return set(self.template.stop_token_ids(tokenizer))
         return set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
 
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, recorded: Mapping[str, Any] | None, where: str) -> None:
+        """See that ``tokenizer`` has what this form needs, and the chat template that the adapter was trained with.
 
-def resolve_prompt_format(flags: TemplateFlags, hf_chat_template: bool, recorded: Mapping[str, Any] | None, where: str) -> PromptFormat:
+        Raises:
+            UsageError: the tokenizer lacks the template's tokens, has no chat template, or one without the thinking asked for.
+            CheckpointError: its chat template is not the one of the manifest (``recorded``; ``where`` names it).
+        """
+        if self.template is not None:
+            self.template.check_tokenizer(tokenizer)
+        if not self.use_chat_template:
+            return
+        template = ChatTemplate.of(tokenizer)
+        template.check_thinking(self.thinking)
+        known = recorded or {}
+        if known.get("name") == HF_CHAT_TEMPLATE and known.get("fingerprint") not in (None, template.fingerprint()):
+            raise CheckpointError(
+                f"{where}: the adapter was trained with another chat template than that of the tokenizer at {tokenizer.name_or_path}; "
+                "pass the tokenizer folder of training as --tokenizer-name-or-path"
+            )
+
+
+def resolve_prompt_format(flags: TemplateFlags, recorded: Mapping[str, Any] | None, where: str) -> PromptFormat:
     """Bring together the flags and the template that the adapter's manifest records (``recorded``; ``where`` names it).
 
     Raises:
         UsageError: two sources disagree, or the template or the mode is unknown.
         CheckpointError: the template of that name is not the one the adapter was trained with.
     """
-    if hf_chat_template and flags.prompt_type not in (None, RAW):
-        raise UsageError(f"--hf-chat-template and --prompt-type {flags.prompt_type} exclude each other; leave one out")
     known = dict(recorded or {})
     if flags.prompt_type not in (None, RAW) and known.get("name") not in (None, flags.prompt_type):
         raise UsageError(
@@ -97,14 +115,15 @@ def resolve_prompt_format(flags: TemplateFlags, hf_chat_template: bool, recorded
             f"leave the flag out, or pass --prompt-type {RAW} for a prompt without template"
         )
     thinking = flags.enable_thinking or "none"
-    if flags.prompt_type == RAW or hf_chat_template:
-        if thinking != "none" and not hf_chat_template:
+    if flags.prompt_type == RAW:
+        if thinking != "none":
             raise UsageError(f"--enable-thinking {thinking} needs a template, but --prompt-type is {RAW}; name a template or leave it out")
-        return PromptFormat(None, hf_chat_template, thinking, "--hf-chat-template" if hf_chat_template else f"--prompt-type {RAW}")
+        return PromptFormat(None, False, thinking, f"--prompt-type {RAW}")
     name = flags.prompt_type or known.get("name")
-    if name == HF_CHAT_TEMPLATE:
-        recorded_mode = known.get("enable_thinking")
-        return PromptFormat(None, True, flags.enable_thinking or recorded_mode or "none", where)
+    if flags.hf_chat_template or name == HF_CHAT_TEMPLATE:
+        mode = known.get("enable_thinking") if name == HF_CHAT_TEMPLATE else None
+        _check_mode(flags, mode, where)
+        return PromptFormat(None, True, flags.enable_thinking or mode or "none", "--hf-chat-template" if flags.hf_chat_template else where)
     if name is None:
         if thinking != "none":
             raise UsageError(f"--enable-thinking {thinking} needs a template; pass --prompt-type")
@@ -120,10 +139,14 @@ def _with_template(name: str, flags: TemplateFlags, known: Mapping[str, Any], wh
             f"{flags.prompt_type_path or 'configs/finetune/templates.json'}; pass the file it was trained with as --prompt-type-path"
         )
     recorded = known.get("enable_thinking")
+    _check_mode(flags, recorded, where)
+    thinking = template.check_thinking(flags.enable_thinking or recorded or "none")
+    return PromptFormat(template, False, thinking, "--prompt-type" if flags.prompt_type else where)
+
+
+def _check_mode(flags: TemplateFlags, recorded: str | None, where: str) -> None:
     if flags.enable_thinking is not None and recorded not in (None, flags.enable_thinking):
         raise UsageError(
             f"--enable-thinking {flags.enable_thinking} contradicts {where}, which says the adapter was trained with {recorded}; "
             "leave the flag out"
         )
-    thinking = template.check_thinking(flags.enable_thinking or recorded or "none")
-    return PromptFormat(template, False, thinking, "--prompt-type" if flags.prompt_type else where)

@@ -130,7 +130,7 @@ def _load(config: InferenceConfig | EvaluationConfig, context: ParallelContext, 
     manifest = adapter.manifest if adapter is not None else base.manifest
     where = str(base.path if adapter is None else adapter.path)
     _check_tokenizer(tokenizer, None if manifest is None else manifest.tokenizer, where)
-    prompt_format = _prompt_format(config, None if manifest is None else manifest.template, where)
+    prompt_format = _prompt_format(config, tokenizer, None if manifest is None else manifest.template, where)
     if adapter is not None:
         check_adapter_base(adapter, base)
     stage = _build(config, context, model, dtype, spec, base, adapter) if with_weights else None
@@ -151,12 +151,15 @@ def _load(config: InferenceConfig | EvaluationConfig, context: ParallelContext, 
     )
 
 
-def _prompt_format(config: InferenceConfig | EvaluationConfig, recorded: dict[str, Any] | None, where: str) -> PromptFormat:
+def _prompt_format(
+    config: InferenceConfig | EvaluationConfig, tokenizer: PreTrainedTokenizerBase, recorded: dict[str, Any] | None, where: str
+) -> PromptFormat:
     """Inference follows the adapter's manifest; evaluation scores plain text unless a flag asks for a template."""
-    if isinstance(config, InferenceConfig):
-        return resolve_prompt_format(config.template, config.hf_chat_template, recorded, where)
-    asked = config.template.prompt_type is not None
-    return resolve_prompt_format(config.template, config.use_chat_template and not asked, recorded if asked else None, where)
+    if isinstance(config, EvaluationConfig) and config.template.prompt_type is None:
+        recorded = None
+    found = resolve_prompt_format(config.template, recorded, where)
+    found.check_tokenizer(tokenizer, recorded, where)
+    return found
 
 
 def resolve_dtype(flag: str | None, base: Base) -> torch.dtype:
