@@ -130,6 +130,9 @@ def _check_rope_scaling(values: Values, sources: Sources) -> None:
 
 def _check_training(values: Values, sources: Sources) -> list[str]:
     _check_schedule(values)
+    for path in ("dry_run_machine", "dry_run_devices"):
+        if path in values and not values.get("dry_run"):
+            raise UsageError(f"{sources[path]} {values[path]} needs --dry-run; a real run uses the devices it finds")
     _check_recompute(values)
     if values.get("data.neat_pack") and not values.get("data.reset_attention_mask"):
         raise UsageError("--neat-pack numbers the records of a pack for --reset-attention-mask; add --reset-attention-mask")

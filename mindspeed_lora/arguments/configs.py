@@ -177,6 +177,9 @@ class TrainConfig:
     log_interval: int = 1
     log_throughput: bool = False
     pipeline_buffer_fraction: float = 0.05  # of device memory, for receive buffers
+    dry_run: bool = False  # say what memory and time it needs; touch no device, read no data, write nothing
+    dry_run_machine: str | None = None  # of training/machines.py
+    dry_run_devices: int | None = None  # None: torchrun's processes, else the machine's devices, else TP x PP
 
 
 @dataclass(frozen=True)

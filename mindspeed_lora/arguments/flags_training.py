@@ -301,4 +301,34 @@ MEMORY = [
     ),
 ]
 
-FLAGS: list[Flag] = [*RESUMING, *DATA, *BATCH, *OPTIMIZER, *EVALUATION, *SAVING, *MEMORY]
+DRY_RUN = [
+    active(
+        "--dry-run",
+        T,
+        "memory",
+        "print memory per device, with --dry-run-machine also the time of a step, and what to change where it does not fit; no device is "
+        "touched, no torchrun needed, nothing read but the checkpoint's headers (a folder with a config.json alone will do)",
+        None,
+        "dry_run",
+    ),
+    active(
+        "--dry-run-machine",
+        T,
+        "memory",
+        "judge the dry run by this machine's memory, FLOP/s and links: atlas-900-a2, h100, h200, rtx4090 or laptop",
+        TEXT,
+        "dry_run_machine",
+        default_text="memory alone is printed",
+    ),
+    active(
+        "--dry-run-devices",
+        T,
+        "memory",
+        "devices of the dry run, over all nodes",
+        COUNT,
+        "dry_run_devices",
+        default_text="torchrun's processes, else the machine's devices, else TP x PP",
+    ),
+]
+
+FLAGS: list[Flag] = [*RESUMING, *DATA, *BATCH, *OPTIMIZER, *EVALUATION, *SAVING, *MEMORY, *DRY_RUN]

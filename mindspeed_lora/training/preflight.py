@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.parallel.context import data_parallel_size
 from mindspeed_lora.training.documents import document_rule
 from mindspeed_lora.training.schedule import LearningRateSchedule, build_schedule
+from mindspeed_lora.training.sizes import RunSizes
 from mindspeed_lora.weights.config import Layout, ModelConfig
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.table import WeightTable
@@ -28,10 +29,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
-    """A run that passed all checks. ``splits``: sample numbers of train, validation, test; ``pad_multiple`` in tokens;
-    ``documents``: where the documents of a sample end, None where a sample is one.
-    """
+class ModelPlan:
+    """What flags and checkpoint say of a run, without its data. ``pad_multiple`` in tokens."""
 
     config: TrainConfig
     start: StartPoint
@@ -40,30 +39,60 @@ class TrainingPlan:
     layout: Layout
     lora: LoraSpec | None
     dtype: torch.dtype
-    dataset: SFTDataset
-    splits: tuple[range, range, range]
-    tokenizer_dir: Path | None
-    pad_token_id: int
-    documents: DocumentRule | None
     pad_multiple: int
     dp_size: int
     global_batch_size: int
     schedule: LearningRateSchedule
-    state: TrainerState
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
     @property
     def num_micro_batches(self) -> int:
         """Per data-parallel rank and step."""
         return self.global_batch_size // (self.config.micro_batch_size * self.dp_size)
 
+    @property
+    def sizes(self) -> RunSizes:
+        """The numbers that memory and time depend on."""
+        config, parallel = self.config, self.config.parallel
+        return RunSizes(
+            model=self.model,
+            lora=self.lora,
+            parameter_bytes=self.dtype.itemsize,
+            tp_size=parallel.tensor_parallel_size,
+            pp_size=parallel.pipeline_parallel_size,
+            dp_size=self.dp_size,
+            layers_per_virtual_stage=parallel.layers_per_virtual_stage,
+            sequence_parallel=parallel.sequence_parallel,
+            micro_batch_size=config.micro_batch_size,
+            num_micro_batches=self.num_micro_batches,
+            length=-(-config.data.seq_length // self.pad_multiple) * self.pad_multiple,
+            recompute=config.recompute,
+            fusion=config.lora is not None and config.lora.fusion,
+            sharded_optimizer=config.optimizer.use_distributed_optimizer,
+            pipeline_buffer_fraction=config.pipeline_buffer_fraction,
+        )
 
-def plan_training(config: TrainConfig, world_size: int) -> TrainingPlan:
-    """Check the whole run and resolve what the user left open.
+
+@dataclass(frozen=True)
+class TrainingPlan(ModelPlan):
+    """A run that passed all checks. ``splits``: sample numbers of train, validation, test; ``documents``: where the documents of a
+    sample end, None where a sample is one.
+    """
+
+    dataset: SFTDataset
+    splits: tuple[range, range, range]
+    tokenizer_dir: Path | None
+    pad_token_id: int
+    documents: DocumentRule | None
+    state: TrainerState
+
+
+def plan_model(config: TrainConfig, world_size: int, start: StartPoint | None = None) -> ModelPlan:
+    """Check flags against each other and against the checkpoint; ``start`` None: what ``--load`` and ``--lora-load`` name.
 
     Raises:
         UsageError: a flag, or two that contradict each other or the checkpoint.
-        CheckpointError, DataError: a file is missing, damaged, or does not fit.
+        CheckpointError: a file is missing, damaged, or does not fit.
     """
     parallel = config.parallel
     dp_size = data_parallel_size(world_size, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
@@ -71,36 +100,46 @@ def plan_training(config: TrainConfig, world_size: int) -> TrainingPlan:
     if config.train_iters <= 0:
         raise UsageError(f"--train-iters {config.train_iters} must be at least 1")
     schedule = build_schedule(config.optimizer, config.train_iters, global_batch_size)
-    start = find_start(config.load, config.lora is not None)
+    start = start or find_start(config.load, config.lora is not None)
     check_save_folder(config.save.save, start)
     model = resolve_model_config(start.base, config.architecture, parallel.tensor_parallel_size)
     table = WeightTable(model)
     table.check_tensor_parallel(parallel.tensor_parallel_size)
     table.check_pipeline(parallel.pipeline_parallel_size, parallel.layers_per_virtual_stage)
-    lora = _resolve_lora(config, start, table)
     notes = list(start.notes)
-    dtype, pad_multiple = _dtype(config), _pad_multiple(config, model, notes)
-    dataset, splits, tokenizer = _open_data(config, start, model, notes)
-    state = _continued_state(config, start, _origin(config, dataset, schedule), notes)
-    return TrainingPlan(
+    return ModelPlan(
         config=config,
         start=start,
         model=model,
         table=table,
         layout=Layout(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.layers_per_virtual_stage),
-        lora=lora,
-        dtype=dtype,
-        dataset=dataset,
-        splits=splits,
-        tokenizer_dir=config.tokenizer.name_or_path or start.base.config_dir,
-        pad_token_id=pad_token_id(tokenizer),
-        documents=document_rule(config.data, dataset, tokenizer, notes),
-        pad_multiple=pad_multiple,
+        lora=_resolve_lora(config, start, table),
+        dtype=_dtype(config),
+        pad_multiple=_pad_multiple(config, model, notes),
         dp_size=dp_size,
         global_batch_size=global_batch_size,
         schedule=schedule,
-        state=state,
         notes=notes,
+    )
+
+
+def plan_training(config: TrainConfig, world_size: int) -> TrainingPlan:
+    """Check the whole run and resolve what the user left open.
+
+    Raises:
+        UsageError, CheckpointError: as :func:`plan_model`.
+        DataError: the data is missing, damaged, or does not fit.
+    """
+    plan = plan_model(config, world_size)
+    dataset, splits, tokenizer = _open_data(config, plan.start, plan.model, plan.notes)
+    return TrainingPlan(
+        **vars(plan),
+        dataset=dataset,
+        splits=splits,
+        tokenizer_dir=config.tokenizer.name_or_path or plan.start.base.config_dir,
+        pad_token_id=pad_token_id(tokenizer),
+        documents=document_rule(config.data, dataset, tokenizer, plan.notes),
+        state=_continued_state(config, plan.start, _origin(config, dataset, plan.schedule), plan.notes),
     )
 
 

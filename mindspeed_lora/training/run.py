@@ -20,6 +20,7 @@ from mindspeed_lora.model.stage import GPTStage, build_stage_modules
 from mindspeed_lora.parallel.collectives import barrier, broadcast_object
 from mindspeed_lora.parallel.context import ParallelContext, initialize, shutdown, world_size_from_environment
 from mindspeed_lora.parallel.pipeline import PipelineRunner
+from mindspeed_lora.training.dry_run import dry_run
 from mindspeed_lora.training.ending import report_end
 from mindspeed_lora.training.flat import FlatLayout, TrainedParameter
 from mindspeed_lora.training.flops import flops_model
@@ -42,6 +43,8 @@ def train(config: TrainConfig) -> int:
     Raises:
         MindSpeedLoraError: what the user can put right (see :func:`~mindspeed_lora.training.preflight.plan_training`).
     """
+    if config.dry_run:
+        return dry_run(config)
     parallel = config.parallel
     plan = plan_training(config, world_size_from_environment())
     context = initialize(
@@ -69,7 +72,7 @@ def _run(plan: TrainingPlan, context: ParallelContext) -> None:
     torch.manual_seed(plan.config.runtime.seed)
     stages, loaded = build_model(plan, context)
     trained = trained_parameters(stages, plan.table, context)
-    report_start(plan, context, stages, trained, loaded)
+    report_start(plan, context, loaded)
     parts = build_machinery(plan, context, stages, trained)
     _continue(plan, context, parts)
     recorder = _recorder(plan) if context.rank == 0 else None

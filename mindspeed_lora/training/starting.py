@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from torch import nn
-
 from mindspeed_lora.arguments.configs import TrainConfig
 from mindspeed_lora.checkpoint.load import LoadReport
 from mindspeed_lora.checkpoint.together import gather_from_all
+from mindspeed_lora.device import total_memory_bytes
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.pipeline import bubble_fraction
 from mindspeed_lora.training import memory
-from mindspeed_lora.training.flat import TrainedParameter
 from mindspeed_lora.training.preflight import TrainingPlan
 from mindspeed_lora.training.report import print_block
 from mindspeed_lora.weights.table import WeightTable
@@ -62,16 +60,14 @@ def _elements(shape: Sequence[int]) -> int:
     return size
 
 
-def report_start(
-    plan: TrainingPlan, context: ParallelContext, stages: Sequence[nn.Module], trained: Sequence[TrainedParameter], loaded: LoadReport
-) -> None:
+def report_start(plan: TrainingPlan, context: ParallelContext, loaded: LoadReport) -> None:
     """Print configuration, layout, counts, sources and the memory estimate. Collective."""
     lora = plan.lora
     trainable, total = parameter_counts(plan.table, lora.r if lora else None, lora.targets if lora else ())
-    parts = memory.estimate(_memory_inputs(plan, stages, trained), plan.model, context, plan.config.recompute)
-    every = gather_from_all((loaded, parts), context)
-    largest = max((estimate for _, estimate in every), key=lambda estimate: estimate["total"])
-    base, adapter = (sum(getattr(report, name) for report, _ in every) for name in ("base", "adapter"))
+    every = gather_from_all(loaded, context)
+    base, adapter = (sum(getattr(report, name) for report in every) for name in ("base", "adapter"))
+    device_bytes = min(gather_from_all(total_memory_bytes(context.device), context))
+    _, largest = memory.largest_estimate(plan.sizes, device_bytes)
     model = plan.model
     fresh = "none loaded, initialised by seed" if lora else "none"
     adapter_source = str(plan.start.adapter.path) if plan.start.adapter else fresh
@@ -89,17 +85,3 @@ def report_start(
         *(f"note: {note}" for note in plan.notes),
     ]
     print_block("training", lines)
-
-
-def _memory_inputs(plan: TrainingPlan, stages: Sequence[nn.Module], trained: Sequence[TrainedParameter]) -> memory.MemoryInputs:
-    chunks = plan.table.check_pipeline(plan.layout.pipeline_parallel_size, plan.layout.layers_per_virtual_stage)[0]
-    return memory.MemoryInputs(
-        parameters=sum(parameter.numel() for stage in stages for parameter in stage.parameters()),
-        trained=sum(item.parameter.numel() for item in trained),
-        parameter_bytes=plan.dtype.itemsize,
-        layers=sum(len(chunk) for chunk in chunks),
-        micro_batch_size=plan.config.micro_batch_size,
-        num_micro_batches=plan.num_micro_batches,
-        length=plan.config.data.seq_length,
-        sharded_optimizer=plan.config.optimizer.use_distributed_optimizer,
-    )

@@ -1,0 +1,47 @@
+"""The memory estimate: its counts are the model's, and its total is what torch allocates."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from mindspeed_lora.arguments.configs import LORA_TARGETS, RecomputeFlags
+from mindspeed_lora.lora.inject import inject_lora
+from mindspeed_lora.model.stage import build_stage_modules
+from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.training.memory import estimate
+from mindspeed_lora.training.sizes import RunSizes, stage_parameters
+from mindspeed_lora.weights.config import ModelConfig
+from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.table import WeightTable
+
+LORA = LoraSpec(4, 8.0, LORA_TARGETS)
+MODEL = ModelConfig("qwen3", 64, 96, 4, 8, 4, 16, 320, 320, 1e-6, 1e4, qk_layernorm=True)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 1), (1, 2), (2, 4)])
+def test_counts_are_those_of_the_built_stage(tied: bool, tp_size: int, pp_size: int) -> None:
+    model = dataclasses.replace(MODEL, tied_embeddings=tied)
+    sizes = RunSizes(model, LORA, 4, tp_size, pp_size)
+    for pp_rank in range(pp_size):
+        context = ParallelContext(torch.device("meta"), tp_size=tp_size, pp_size=pp_size, pp_rank=pp_rank)
+        (stage,) = build_stage_modules(model, context, torch.float32)
+        inject_lora(stage, WeightTable(model), LORA, context)
+        counts = stage_parameters(sizes, pp_rank)
+        sorts = {name: parameter.numel() for name, parameter in stage.named_parameters()}
+        assert counts.adapter == sum(size for name, size in sorts.items() if ".lora_" in name)
+        assert counts.base == sum(size for name, size in sorts.items() if ".lora_" not in name)
+        linears = [size for name, size in sorts.items() if "base_layer.weight" in name]
+        assert counts.layer_linear * counts.layers == sum(linears)
+
+
+def test_the_total_is_the_sum_of_its_parts_and_grows_with_what_it_should() -> None:
+    sizes = RunSizes(MODEL, LORA, 2, micro_batch_size=2, length=64)
+    parts = estimate(sizes, 0)
+    assert parts["total"] == sum(value for name, value in parts.items() if name != "total")
+    more = estimate(dataclasses.replace(sizes, length=128), 0)
+    assert more["activations"] == 2 * parts["activations"] and more["weights"] == parts["weights"]
+    assert estimate(dataclasses.replace(sizes, recompute=RecomputeFlags("full", "uniform", 1)), 0)["activations"] < parts["activations"]
