@@ -130,9 +130,9 @@ def test_raw_data_that_is_refused_leaves_nothing(workspace: Path, tmp_path: Path
 def test_messages_name_data_path(workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--data-path .*: no records in it"):
         plan(workspace, tmp_path, data__data_path=str(write_json(tmp_path / "none.json", [])))
-    (tmp_path / "notes.txt").write_text("text")
-    with pytest.raises(UsageError, match=r"--data-path .*notes.txt: unknown extension"):
-        plan(workspace, tmp_path, data__data_path=str(tmp_path / "notes.txt"))
+    (tmp_path / "notes.xlsx").write_text("text")
+    with pytest.raises(UsageError, match=r"--data-path .*notes.xlsx: unknown extension"):
+        plan(workspace, tmp_path, data__data_path=str(tmp_path / "notes.xlsx"))
 
 
 def test_prepared_data_with_a_handler_is_a_note(workspace: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def check_values(command: str, values: Values, sources: Sources) -> list[str]:
     if command == CONVERT:
         _check_conversion(values, sources)
     if command == PREPROCESS:
-        _check_packing(values)
+        _check_preprocessing(values)
     return notes
 
 
@@ -182,11 +182,19 @@ def _check_recompute(values: Values) -> None:
         raise UsageError(f"{flag} needs --recompute-granularity full (found: {granularity or 'none'})")
 
 
-def _check_packing(values: Values) -> None:
+def _check_preprocessing(values: Values) -> None:
     if values.get("neat_pack") and not values.get("pack"):
         raise UsageError("--neat-pack numbers the records of a pack and needs --pack; add --pack")
     if values.get("pack") and "seq_length" not in values:
         raise UsageError("--pack needs --seq-length, the tokens of a pack; give the one of training, such as --seq-length 4096")
+    merges = bool(values.get("merge_group_keys"))
+    needed = {"output_prefix": not values.get("preview"), "tokenizer.name_or_path": not merges}
+    names = {"output_prefix": "--output-prefix", "tokenizer.name_or_path": "--tokenizer-name-or-path"}
+    missing = [names[path] for path, needs in needed.items() if needs and path not in values]
+    if missing:
+        raise UsageError(f"preprocess_data.py needs {' and '.join(missing)}; python preprocess_data.py --help has an example")
+    if merges and values.get("preview"):
+        raise UsageError("--preview shows records, and --merge-group-keys joins files without reading records; keep one of them")
 
 
 def _check_conversion(values: Values, sources: Sources) -> None:

@@ -225,21 +225,38 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class MixFlags:
+    """Several inputs as one stream of records."""
+
+    strategy: str = "concat"  # concat | interleave_under | interleave_over
+    interleave_probs: tuple[float, ...] | None = None  # of each input, sum 1; None: in turn
+    max_samples: int | None = None  # records of each input that are read
+    seed: int = 1234
+    dataset_dir: Path | None = None  # where the inputs lie
+
+
+@dataclass(frozen=True)
 class PreprocessConfig:
     """``preprocess_data.py``."""
 
-    input: Path
-    output_prefix: Path
-    tokenizer: TokenizerFlags
-    template: TemplateFlags
-    handler_name: str = "AlpacaStyleInstructionHandler"
+    input: Path  # or several, with commas between them
+    output_prefix: Path | None = None  # None: only with preview
+    tokenizer: TokenizerFlags = field(default_factory=TokenizerFlags)
+    template: TemplateFlags = field(default_factory=TemplateFlags)
+    mix: MixFlags = field(default_factory=MixFlags)
+    handler_name: str | None = None  # None: AlpacaStyleInstructionHandler with a template, else GeneralPretrainHandler
     map_keys: dict[str, object] | None = None
+    json_keys: tuple[str, ...] | None = None  # columns of plain text; None: the handler's
+    additional_keys: tuple[str, ...] = ()  # columns that go beside prompts
     seq_length: int | None = None  # records are cut to fit; None: no cut (100000)
     workers: int = 1
     log_interval: int = 1000
     append_eod: bool = False
+    pad_to_multiple_of: int = 1  # tokens; of plain text
     pack: bool = False  # several records in one sample of seq_length tokens
     neat_pack: bool = False  # with pack: number the records of a sample in the attention mask
+    preview: int | None = None  # records to show; nothing is written
+    merge_group_keys: tuple[str, ...] = ()  # join the file pairs of input whose names hold each of these
 
 
 @dataclass(frozen=True)

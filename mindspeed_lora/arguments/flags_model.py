@@ -39,7 +39,7 @@ LOADING = [
         PATH,
         "tokenizer.name_or_path",
         must_exist="folder",
-        required=True,
+        default_text="required without --merge-group-keys",
     ),
     active(
         "--tokenizer-not-use-fast",

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from mindspeed_lora.arguments.flag import CONVERT, PREPROCESS, Flag, accepted, active
-from mindspeed_lora.arguments.values import COUNT, COUNT_OR_ZERO, COUNTS, JSON_OBJECT, NUMBERS, PATH, TEXT, WHOLE
+from mindspeed_lora.arguments.values import COUNT, COUNT_OR_ZERO, COUNTS, JSON_OBJECT, NUMBERS, PATH, PROBABILITIES, TEXT, WHOLE
 
 C, P = (CONVERT,), (PREPROCESS,)
-LATER_HANDLER = "this handler comes with a later release; use AlpacaStyleInstructionHandler or SharegptStyleInstructionHandler"
-HANDLERS = (
+TRAINED_HANDLERS = (  # of the data that training reads: instructions and pairs
     "AlpacaStyleInstructionHandler",
     "SharegptStyleInstructionHandler",
     "AlpacaStylePairwiseHandler",
     "SharegptStylePairwiseHandler",
-)
-HANDLERS_NOT_YET = [
-    "PPOAlpacaStyleInstructionHandler",
-    "R1AlpacaStyleInstructionHandler",
-    "R1SharegptStyleInstructionHandler",
     "HunyuanInstructionHandler",
     "GeneralInstructionHandler",
     "BelleMultiTurnInstructionHandler",
-    "MOSSMultiTurnHandler",
     "MOSSInstructionHandler",
+    "MOSSMultiTurnHandler",
     "LeetcodePythonInstructionHandler",
+)
+OTHER_HANDLERS = (  # of prompts and plain text
+    "PPOAlpacaStyleInstructionHandler",
+    "R1AlpacaStyleInstructionHandler",
+    "R1SharegptStyleInstructionHandler",
     "GeneralPretrainHandler",
     "AlpacaPretrainHandler",
     "SharegptPretrainHandler",
     "StackOverflowPythonPretrainHandler",
-]
+)
 LATER_FAMILY = "this family comes with a later release; qwen3, llama2, mixtral, qwen3-moe, qwen2-moe, deepseek2 and deepseek3 work"
 FAMILIES_NOT_YET = [
     "glm45-moe",
@@ -240,8 +239,45 @@ CONVERSION = [
 ]
 
 PREPROCESSING = [
-    active("--input", P, "files", "file of records: parquet, json, jsonl or csv", PATH, "input", required=True, must_exist="any"),
-    active("--output-prefix", P, "files", "start of the files to write; its folder is made", PATH, "output_prefix", required=True),
+    active(
+        "--input",
+        P,
+        "files",
+        "file of records (parquet, arrow, json, jsonl, csv or txt), a folder of one kind, or several of them with commas between",
+        PATH,
+        "input",
+        required=True,
+    ),
+    active(
+        "--output-prefix",
+        P,
+        "files",
+        "start of the files to write; its folder is made",
+        PATH,
+        "output_prefix",
+        default_text="required without --preview",
+    ),
+    active("--dataset-dir", P, "files", "folder in which the names of --input lie", PATH, "mix.dataset_dir", must_exist="folder"),
+    active(
+        "--preview",
+        P,
+        "files",
+        "show so many records as the model will see them, trained text marked, and write nothing",
+        COUNT,
+        "preview",
+        unit="records",
+        default_text="off",
+    ),
+    active(
+        "--merge-group-keys",
+        P,
+        "files",
+        "join the .bin and .idx files in the folder --input whose names hold each of these texts to OUTPUT-PREFIX_KEY; nothing is encoded",
+        TEXT,
+        "merge_group_keys",
+        many=True,
+        default_text="off",
+    ),
     active(
         "--handler-name",
         P,
@@ -249,14 +285,64 @@ PREPROCESSING = [
         "form of the records",
         TEXT,
         "handler_name",
-        choices=HANDLERS,
-        not_yet=dict.fromkeys(HANDLERS_NOT_YET, LATER_HANDLER),
+        choices=(*TRAINED_HANDLERS, *OTHER_HANDLERS),
+        default_text="AlpacaStyleInstructionHandler with a template, else GeneralPretrainHandler",
     ),
+    active(
+        "--json-keys",
+        P,
+        "data",
+        "columns of plain text (the pretrain handlers), a pair of files each; other handlers have no use for it",
+        TEXT,
+        "json_keys",
+        many=True,
+        default_text="text",
+    ),
+    active(
+        "--dataset-additional-keys",
+        P,
+        "data",
+        "columns to encode beside the prompts (PPO and R1 handlers); labels: the answer",
+        TEXT,
+        "additional_keys",
+        many=True,
+        default_text="none",
+    ),
+    active(
+        "--pad-to-multiple-of",
+        P,
+        "batch and length",
+        "pad each text to a multiple of this (the pretrain handlers)",
+        COUNT,
+        "pad_to_multiple_of",
+        unit="tokens",
+    ),
+    active(
+        "--mix-strategy",
+        P,
+        "data",
+        "several inputs one after the other, or in turn until the first (under) or the last (over) has ended",
+        TEXT,
+        "mix.strategy",
+        choices=("concat", "interleave_under", "interleave_over"),
+    ),
+    active(
+        "--interleave-probs",
+        P,
+        "data",
+        "how likely each input is next, with --mix-strategy interleave_*",
+        PROBABILITIES,
+        "mix.interleave_probs",
+        default_text="in turn",
+    ),
+    active("--max-samples", P, "data", "read so many records of each input", COUNT, "mix.max_samples", unit="records", default_text="all"),
+    active("--seed", P, "data", "of --interleave-probs", WHOLE, "mix.seed"),
     active(
         "--map-keys",
         P,
         "data",
-        "names of the columns, where they differ: prompt, query, response, history, system (Alpaca); messages, system, tags (ShareGPT)",
+        "names of the columns, where they differ: prompt, query, response, history, system (Alpaca); messages, system, tools, "
+        "tags (ShareGPT); chosen, rejected (pairwise)",
         JSON_OBJECT,
         "map_keys",
         default_text="prompt: instruction, query: input, response: output, messages: conversations",
@@ -274,8 +360,8 @@ PREPROCESSING = [
     ),
     active("--workers", P, "data", "processes", COUNT, "workers"),
     active("--log-interval", P, "saving and logging", "print every so many records", COUNT, "log_interval", unit="records"),
-    *accepted("seed", P, "nothing is random here", WHOLE),
-    *accepted("json-keys", P, "it names columns of plain text; instruction data has none", TEXT, many=True),
+    *accepted("streaming", P, "records are always read one after the other"),
+    *accepted("n-subs", P, "it cuts the work for several processes, which --workers does here; the files are the same", COUNT),
     *accepted("overwrite-cache", P, "nothing is cached: the input is read directly"),
     *accepted("cache-dir", P, "nothing is cached: the input is read directly", TEXT),
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mindspeed_lora.arguments.flag import TRAIN, Flag, active
-from mindspeed_lora.arguments.flags_tools import HANDLERS, HANDLERS_NOT_YET, LATER_HANDLER
+from mindspeed_lora.arguments.flags_tools import OTHER_HANDLERS, TRAINED_HANDLERS
 from mindspeed_lora.arguments.values import (
     COUNT,
     COUNT_OR_ZERO,
@@ -66,8 +66,10 @@ DATA = [
         "form of the records, where --data-path is a raw parquet, json, jsonl or csv file or a folder of them",
         TEXT,
         "data.handler_name",
-        choices=HANDLERS,
-        not_yet=dict.fromkeys(HANDLERS_NOT_YET, LATER_HANDLER),
+        choices=TRAINED_HANDLERS,
+        not_yet=dict.fromkeys(
+            OTHER_HANDLERS, "its data (prompts, plain text) is not for this training, which reads instructions and pairs"
+        ),
         default_text="--data-path is prepared",
     ),
     active(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -56,7 +57,9 @@ def _convert(flag: Flag, text: str) -> Any:
         detail = f" ({error})" if isinstance(error, ExplainedValueError) else ""
         raise UsageError(f"{flag.name} {text}: it must be {flag.value.rule}{detail}") from error
     if flag.choices and value not in flag.choices:
-        raise UsageError(f"{flag.name} {text}: unknown value; use {' or '.join(map(str, flag.choices))}")
+        near = difflib.get_close_matches(text, map(str, flag.choices), n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? known are" if near else "use"
+        raise UsageError(f"{flag.name} {text}: unknown value; {hint} {' or '.join(map(str, flag.choices))}")
     if flag.only and value not in flag.only:
         raise UsageError(f"{flag.name} {text}: {flag.otherwise}")
     return value

@@ -68,6 +68,10 @@ def _numbers(minimum: int) -> Callable[[str], tuple[int, ...]]:
     return parse
 
 
+def _probabilities(text: str) -> tuple[float, ...]:
+    return tuple(_number(lambda value: 0 < value <= 1)(part) for part in text.split(","))
+
+
 def _json_object(text: str) -> dict[str, object]:
     try:
         value = json.loads(text)
@@ -92,5 +96,6 @@ DECAY = ValueType("X", "a number from 0 to below 1", _number(lambda value: 0 <= 
 TEXT = ValueType("TEXT", "a text that is not empty", _text)
 RAW_TEXT = ValueType("TEXT", "any text", str)
 PATH = ValueType("PATH", "a path", _path)
+PROBABILITIES = ValueType("P,P,..", "numbers above 0 and at most 1, with commas between them, such as 0.7,0.3", _probabilities)
 SPLIT = ValueType("A,B,C", "three shares (train, validation, test) of at least 0, the first above 0, such as 100,0,0", _split)
 JSON_OBJECT = ValueType("JSON", 'a JSON object such as {"prompt": "question", "response": "answer"}', _json_object)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from mindspeed_lora.arguments.configs import TokenizerFlags
 from mindspeed_lora.data.forms import Part, Recipe, Row
 from mindspeed_lora.data.readers import BrokenRecord, Record
 from mindspeed_lora.data.rendering import ElementEncoder
-from mindspeed_lora.data.tokenizer import load_tokenizer
 from mindspeed_lora.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ class Sequences:
     lengths: npt.NDArray[np.int32]
     sequences_per_document: list[int]
 
+    def row(self, number: int) -> npt.NDArray[np.int32]:
+        """The ids of one sequence."""
+        end = int(self.lengths[: number + 1].sum(dtype=np.int64))
+        return self.ids[end - int(self.lengths[number]) : end]
+
 
 @dataclass
 class EncodedChunk:
@@ -44,7 +50,7 @@ class EncodedChunk:
     num_records: int
     num_written: int = 0
     sequences: dict[str, Sequences] = field(default_factory=dict)
-    skipped: list[tuple[int, str]] = field(default_factory=list)  # number in the chunk, reason
+    skipped: list[tuple[int, str, str]] = field(default_factory=list)  # number in the chunk, reason, place in the file
     notes: Counter[str] = field(default_factory=Counter)  # written, but worth a line in the report
 
 
@@ -60,23 +66,23 @@ class RecordEncoder:
         """Encode a chunk; skipped records are named in the result."""
         chunk = EncodedChunk(len(records))
         rendered = [self._parts(record, chunk.notes) for record in records]
-        encoder = ElementEncoder(self.tokenizer, self.recipe.template.name)
+        encoder = ElementEncoder(self.tokenizer, self.recipe.template.name, self.form.special_tokens)
         encoder.add(element for parts in rendered if not isinstance(parts, str) for part in parts for element in part)
         documents: list[list[Row]] = []
-        for number, parts in enumerate(rendered):
+        for number, (record, parts) in enumerate(zip(records, rendered, strict=True)):
             if isinstance(parts, str):
-                chunk.skipped.append((number, parts))
+                chunk.skipped.append((number, parts, record.where if isinstance(record, BrokenRecord) else ""))
                 continue
-            kept = []
+            kept: list[Row] = []
             for row in self.form.rows([encoder.ids(part) for part in parts], chunk.notes):
                 reason = self.form.refusal(row)
                 if reason:
-                    chunk.skipped.append((number, reason))
+                    chunk.skipped.append((number, reason, ""))
                 else:
                     kept.append(row)
             documents.append(kept)
         chunk.num_written = sum(map(bool, documents))
-        chunk.sequences = {key: _sequences(documents, place) for place, key in enumerate(self.form.values)}
+        chunk.sequences = {key: self._sequences(documents, place) for place, key in enumerate(self.form.values)}
         return chunk
 
     def _parts(self, record: Record, notes: Counter[str]) -> list[Part] | str:
@@ -88,19 +94,21 @@ class RecordEncoder:
         except DataError as error:
             return str(error)
 
-
-def _sequences(documents: Sequence[Sequence[Row]], place: int) -> Sequences:
-    """The values at one place of all rows."""
-    rows = [row[place] for document in documents for row in document]
-    lengths = np.fromiter(map(len, rows), np.int32, len(rows))
-    ids = np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum(dtype=np.int64)))
-    return Sequences(ids, lengths, [len(document) for document in documents])
+    def _sequences(self, documents: list[list[Row]], place: int) -> Sequences:
+        """The ids at one place of all rows."""
+        columns = [[row[place] for row in document] for document in documents]
+        if self.form.drops_empty:
+            columns = [[ids for ids in column if ids] for column in columns if any(column) or not column]
+        rows = list(chain.from_iterable(columns))
+        lengths = np.fromiter(map(len, rows), np.int32, len(rows))
+        ids = np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum(dtype=np.int64)))
+        return Sequences(ids, lengths, list(map(len, columns)))
 
 
 def encode_chunks(
-    chunks: Iterable[list[Record]], tokenizer: PreTrainedTokenizerBase, flags: TokenizerFlags, recipe: Recipe, workers: int
+    chunks: Iterable[list[Record]], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, workers: int
 ) -> Iterator[EncodedChunk]:
-    """Encode chunks in order, in this process or (``workers`` > 1) in new processes that load the tokenizer from ``flags``.
+    """Encode chunks in order, in this process or (``workers`` > 1) in other processes.
 
     Raises:
         DataError: a worker died.
@@ -108,7 +116,9 @@ def encode_chunks(
     if workers <= 1:
         yield from map(RecordEncoder(tokenizer, recipe).encode, chunks)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (flags, recipe))
+    # Linux: a fork has the tokenizer already, which takes seconds to load; elsewhere threads of libraries may not survive it
+    method = "fork" if sys.platform == "linux" else "spawn"
+    pool = ProcessPoolExecutor(workers, get_context(method), _start_worker, (tokenizer, recipe))
     pending: deque[Future[EncodedChunk]] = deque()
     try:
         for chunk in chunks:
@@ -126,10 +136,20 @@ def encode_chunks(
 _worker_encoder: RecordEncoder | None = None  # set once in each worker process, never in the parent
 
 
-def _start_worker(flags: TokenizerFlags, recipe: Recipe) -> None:
+def _start_worker(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
     global _worker_encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: the workers are the parallelism
-    _worker_encoder = RecordEncoder(load_tokenizer(flags), recipe)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted as well, and ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker_encoder = RecordEncoder(tokenizer, recipe)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, however that ended."""
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _encode_in_worker(records: list[Record]) -> EncodedChunk:

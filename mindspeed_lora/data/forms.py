@@ -14,11 +14,11 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mindspeed_lora.data.cutting import Pair, cut_turns
 from mindspeed_lora.data.packing import IGNORED
-from mindspeed_lora.data.records import Columns, Conversation
+from mindspeed_lora.data.records import AlpacaColumns, Columns, Conversation, ConversationColumns, SharegptColumns
 from mindspeed_lora.data.rendering import ConversationTemplate, Element, ElementEncoder
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 DEFAULT_CUTOFF = 100_000  # tokens, where --seq-length is not given (the peer's)
 
 Part = tuple[Element, ...]
+PromptTypeUse = Literal["needed", "ignored", "refused"]
 Row = tuple[list[int], ...]
 """One list of ids for each of the form's values."""
 
@@ -42,6 +43,8 @@ class Recipe:
     seq_length: int | None
     append_eod: bool = False
     cut_rest: bool = False  # --neat-pack: cut at the right what is still too long, instead of dropping it
+    additional_keys: tuple[str, ...] = ()  # columns that go beside prompts
+    pad_to_multiple_of: int = 1  # tokens; of plain text
 
 
 class Form(ABC):
@@ -49,14 +52,28 @@ class Form(ABC):
 
     name: ClassVar[str]  # in the manifest
     packed: ClassVar[bool] = True  # whether the files' names say "packed", as those of all but plain text do
-    values: tuple[str, ...]  # keys of a row's ids; those that end in "labels" hold -100 where nothing is trained
+    values: tuple[str, ...] = ()  # keys of a row's ids; those that end in "labels" hold -100 where nothing is trained
     masked: ClassVar[bool] = True  # whether there is an attention_mask of ones beside input_ids
+    drops_empty: ClassVar[bool] = False  # whether empty ids have neither sequence nor document
+    prompt_type: ClassVar[PromptTypeUse] = "needed"
+    special_tokens: ClassVar[bool] = False  # whether the tokenizer adds its own to each text
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         self.tokenizer = tokenizer
         self.recipe = recipe
+        self.values = self.keys(recipe)
         self.eos: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.eod = self.eos if recipe.append_eod else []
+
+    @classmethod
+    def keys(cls, recipe: Recipe) -> tuple[str, ...]:
+        """Keys of a row's ids."""
+        return cls.values
+
+    @classmethod
+    def file_keys(cls, recipe: Recipe) -> tuple[str, ...]:
+        """Keys of the file pairs."""
+        return (*cls.keys(recipe), "attention_mask") if cls.masked else cls.keys(recipe)
 
     @abstractmethod
     def parts(self, record: Mapping[str, Any], notes: Counter[str]) -> list[Part]:
@@ -72,12 +89,16 @@ class Form(ABC):
 
     def refusal(self, row: Row) -> str:
         """Why a row is not written, or nothing."""
-        limit = self.recipe.seq_length
-        if limit is not None and any(len(ids) >= limit for ids in row):
-            return f"{limit} tokens or more (--seq-length)"
         if any(_hides_all(ids) for key, ids in zip(self.values, row, strict=True) if key.endswith("labels")):
             return "no token to train"
-        return ""
+        return self.too_long(row)
+
+    def too_long(self, row: Row) -> str:
+        """What is said of a row that does not fit, or nothing."""
+        limit = self.recipe.seq_length
+        if limit is None or all(len(ids) < limit for ids in row):
+            return ""
+        return f"{limit} tokens or more (--seq-length)"
 
 
 def _hides_all(labels: list[int]) -> bool:
@@ -98,7 +119,7 @@ class InstructionForm(Form):
 
     def parts(self, record: Mapping[str, Any], notes: Counter[str]) -> list[Part]:
         """Source and target of each turn."""
-        conversation = self.recipe.columns.conversation(record)
+        conversation = conversation_columns(self.recipe).conversation(record)
         note_empty_texts(conversation, notes)
         turns = self.template.render(conversation.messages, conversation.system, self.recipe.thinking, conversation.tools)
         notes["answers not trained, for the chat template writes them in another way once a turn follows"] += max(
@@ -144,7 +165,7 @@ class PairwiseForm(Form):
 
     def parts(self, record: Mapping[str, Any], notes: Counter[str]) -> list[Part]:
         """The prompt, the chosen and the rejected answer; an empty thought in the prompt is the chosen answer's."""
-        preference = self.recipe.columns.preference(record)
+        preference = conversation_columns(self.recipe).preference(record)
         notes["records whose answers are equal"] += preference.chosen["content"] == preference.rejected["content"]
         (prompt, chosen), (_, rejected) = (
             self.template.render_last([*preference.prompt, answer], preference.system, self.recipe.thinking, preference.tools)
@@ -176,6 +197,12 @@ class StopCheck:
     def ends(self, answer: Sequence[int]) -> bool:
         """Whether ``answer`` ends with one."""
         return next((index in self._stops for index in reversed(answer) if index not in self._blank), False)
+
+
+def conversation_columns(recipe: Recipe) -> ConversationColumns:
+    """The columns of a recipe whose handler reads conversations."""
+    assert isinstance(recipe.columns, AlpacaColumns | SharegptColumns)
+    return recipe.columns
 
 
 def note_empty_texts(conversation: Conversation, notes: Counter[str]) -> None:

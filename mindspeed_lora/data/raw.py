@@ -21,7 +21,8 @@ from mindspeed_lora import __version__
 from mindspeed_lora.arguments.configs import DataFlags, PreprocessConfig, TemplateFlags, TokenizerFlags
 from mindspeed_lora.data.chat_template import open_template
 from mindspeed_lora.data.handlers import ALPACA_HANDLER, SHAREGPT_HANDLER
-from mindspeed_lora.data.preprocess import FlagNames, write_dataset
+from mindspeed_lora.data.planning import FlagNames
+from mindspeed_lora.data.preprocess import write_dataset
 from mindspeed_lora.data.readers import EXTENSIONS, open_records
 from mindspeed_lora.data.sft_dataset import data_prefix, has_pair, manifest_name
 from mindspeed_lora.data.tokenizer import TOKENIZER_FILES, load_tokenizer, tokenizer_fingerprint

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from mindspeed_lora.data.rendering import Message
 from mindspeed_lora.errors import DataError, UsageError
@@ -54,8 +54,6 @@ class AlpacaColumns:
     chosen: str | None = "chosen"
     rejected: str | None = "rejected"
 
-    optional: ClassVar[tuple[str, ...]] = ("query",)  # a default column that a file may lack
-
     def conversation(self, record: Mapping[str, Any]) -> Conversation:
         """The conversation of one record; empty texts stay, as with the peer.
 
@@ -83,6 +81,15 @@ class AlpacaColumns:
             {"role": "assistant", "content": rejected},
             self._system(record),
         )
+
+    def texts(self, record: Mapping[str, Any]) -> tuple[str, str, str]:
+        """Prompt, query and response as they stand in the record; prompt and query may be empty.
+
+        Raises:
+            SkippedRecord: no response, or a column of another type.
+        """
+        prompt, query = (_text(record, column) if column else "" for column in (self.prompt, self.query))
+        return prompt, query, _answer(record.get(self.response) if self.response else None, self.response)
 
     def _prompt(self, record: Mapping[str, Any]) -> list[Message]:
         """The history and the user's text."""
@@ -131,8 +138,6 @@ class SharegptColumns:
     rejected: str | None = "rejected"
     kto_tag: str | None = None  # known to the peer, used by nothing here
     tags: SharegptTags = SharegptTags()
-
-    optional: ClassVar[tuple[str, ...]] = ()
 
     def conversation(self, record: Mapping[str, Any]) -> Conversation:
         """The conversation of one record.
@@ -201,7 +206,34 @@ class SharegptColumns:
         return content
 
 
-Columns = AlpacaColumns | SharegptColumns
+@dataclass(frozen=True)
+class ChatColumns:
+    """The column of a MOSS file: an object of turns."""
+
+    chat: str | None = "chat"
+
+
+@dataclass(frozen=True)
+class TextColumns:
+    """Columns of plain text (``--json-keys``); each is also the key of its files."""
+
+    keys: tuple[str, ...] = ("text",)
+
+
+ConversationColumns = AlpacaColumns | SharegptColumns
+Columns = ConversationColumns | ChatColumns | TextColumns
+
+
+def required_text(record: Mapping[str, Any], column: str) -> str:
+    """The text of a column that a record must have.
+
+    Raises:
+        SkippedRecord: it has none, or something else than a text.
+    """
+    value = record.get(column)
+    if not isinstance(value, str):
+        raise SkippedRecord(f"column {column} is empty" if value is None else f"column {column} holds a {type(value).__name__}, not a text")
+    return value
 
 
 def _text(record: Mapping[str, Any], column: str) -> str:
@@ -234,23 +266,27 @@ def _entry(record: Mapping[str, Any], column: str | None, place: int, must_be_li
     return value
 
 
-def columns_of(kind: type[Columns], map_keys: Mapping[str, Any] | None) -> Columns:
-    """The columns of a file of this kind, as ``--map-keys`` names them.
+def columns_of(default: Columns, map_keys: Mapping[str, Any] | None, json_keys: Sequence[str] | None = None) -> Columns:
+    """The columns of a file as ``--map-keys`` (of plain text: ``--json-keys``) names them, where it differs from ``default``.
 
     Raises:
         UsageError: an unknown key, or a value that is no column name.
     """
     keys = dict(map_keys or {})
-    if not issubclass(kind, SharegptColumns):
-        return kind(**_checked(keys, kind, "--map-keys"))
+    if isinstance(default, TextColumns):
+        if keys:
+            raise UsageError("--map-keys means nothing to plain text; name its columns with --json-keys")
+        return TextColumns(tuple(dict.fromkeys(json_keys))) if json_keys else default
+    if not isinstance(default, SharegptColumns):
+        return replace(default, **_checked(keys, type(default), "--map-keys"))
     given = keys.pop("tags", None)
-    tags = SharegptTags()
+    tags = default.tags
     if given is not None:
         if not isinstance(given, Mapping):
             raise UsageError(f"--map-keys tags: {given!r} is no JSON object of tag names")
         none: dict[str, str | None] = {field.name: None for field in fields(SharegptTags)}  # a tag that is not named is not used
         tags = SharegptTags(**{**none, **_checked(given, SharegptTags, "--map-keys tags")})
-    return kind(tags=tags, **_checked(keys, kind, "--map-keys"))
+    return replace(default, tags=tags, **_checked(keys, SharegptColumns, "--map-keys"))
 
 
 def _checked(keys: Mapping[str, Any], kind: type, flag: str) -> dict[str, Any]:
@@ -265,25 +301,36 @@ def _checked(keys: Mapping[str, Any], kind: type, flag: str) -> dict[str, Any]:
 
 def used_columns(columns: Columns, used: Iterable[str]) -> dict[str, str]:
     """The columns that are read, by their key; ``used``: the keys that the handler reads."""
+    if isinstance(columns, TextColumns):
+        return {key: key for key in columns.keys}
     return {key: column for key in used if (column := getattr(columns, key)) is not None}
 
 
-def check_columns(columns: Columns, used: Sequence[str], map_keys: Mapping[str, Any] | None, found: Iterable[str]) -> None:
-    """Compare the columns in use with those of the input; a default column that is optional may be missing.
+def check_columns(columns: Columns, wanted: Mapping[str, str], found: Iterable[str], where: str, hint: str = "") -> None:
+    """Compare the columns that an input must have (by key) with those it has; ``hint``: goes to the end of the message.
 
     Raises:
         UsageError: a column is missing, or no column is left for user or answer.
     """
     found = list(found)
-    for key, column in used_columns(columns, used).items():
-        optional = key in columns.optional and key not in (map_keys or {})
-        if column not in found and not optional:
-            example = json.dumps({key: "COLUMN"})
+    flag, example = ("--json-keys", "COLUMN") if isinstance(columns, TextColumns) else ("--map-keys", "'{}'")
+    for key, column in wanted.items():
+        if column not in found:
+            example = example.format(json.dumps({key: "COLUMN"}))
             raise UsageError(
-                f"--map-keys: no column {column!r} (for {key}) in the input, which has {', '.join(found) or 'no columns'}; "
-                f"name the right one with --map-keys '{example}'"
+                f"{flag}: no column {column!r} (for {key}) in {where}, which has {', '.join(found) or 'no columns'}; "
+                f"name the right one with {flag} {example}{hint}"
             )
-    missing = [key for key in ("response", "chosen", "rejected", "messages") if key in used and not getattr(columns, key)]
+
+
+def check_mapping(columns: Columns, used: Sequence[str]) -> None:
+    """Whether ``--map-keys`` leaves a column for all that a record needs.
+
+    Raises:
+        UsageError: it does not.
+    """
+    needed = ("response", "chosen", "rejected", "messages", "chat")
+    missing = [key for key in needed if key in used and not getattr(columns, key)]
     if isinstance(columns, AlpacaColumns) and not (columns.prompt or columns.query):
         missing.append("prompt")
     if missing:

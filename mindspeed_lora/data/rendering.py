@@ -160,18 +160,22 @@ class ConversationTemplate(ABC):
 
 
 class ElementEncoder:
-    """Token ids of elements: :meth:`add` encodes new ones in one call, :meth:`ids` concatenates."""
+    """Token ids of elements: :meth:`add` encodes new ones in one call, :meth:`ids` concatenates.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_name: str) -> None:
+    ``special_tokens``: the tokenizer adds its own to each text, such as a bos.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_name: str, special_tokens: bool = False) -> None:
         self.tokenizer = tokenizer
         self._template_name = template_name
+        self._special_tokens = special_tokens
         self._ids: dict[Element, Sequence[int]] = {}
 
     def add(self, elements: Iterable[Element]) -> None:
         """Encode those of ``elements`` that are not known yet."""
         new = [element for element in dict.fromkeys(elements) if element not in self._ids]
         texts = [element for element in new if isinstance(element, str)]
-        self._ids.update(zip(texts, encode_texts(self.tokenizer, texts), strict=True))
+        self._ids.update(zip(texts, encode_texts(self.tokenizer, texts, self._special_tokens), strict=True))
         self._ids.update((element, self._ready(element)) for element in new if not isinstance(element, str))
 
     def ids(self, elements: Sequence[Element]) -> list[int]:

@@ -58,13 +58,13 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((int(value) for value in (tokenizer.pad_token_id, tokenizer.eos_token_id) if value is not None), 0)
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text by itself, without special tokens added, in one call."""
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special_tokens: bool = False) -> list[list[int]]:
+    """Token ids of each text by itself, in one call. ``special_tokens``: with those that the tokenizer adds, such as a bos."""
     if not texts:
         return []
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and backend.truncation is None and backend.padding is None and not backend.encode_special_tokens:
         # what the call below does, without its Python objects for every text (a fifth of the time)
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
-    return encoded["input_ids"]
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=special_tokens)]
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    return tokenizer(list(texts), add_special_tokens=special_tokens, **options)["input_ids"]
