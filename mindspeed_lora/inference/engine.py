@@ -80,7 +80,8 @@ class Engine:
         """
         real = None if real is None or bool(real.all()) else real.cpu().bool()
         self._cached_rows = ids.shape[0] if use_cache else self._cached_rows
-        message = Message(Operation.FORWARD, ids.cpu(), real, use_cache, Output.LOGITS, keep_last)
+        ids = ids if self._replica is None else ids.cpu()  # without workers nothing needs to leave the device
+        message = Message(Operation.FORWARD, ids, real, use_cache, Output.LOGITS, keep_last)
         result = self._order(message)
         result = self._collect(message) if result is None else result
         assert isinstance(result, torch.Tensor)

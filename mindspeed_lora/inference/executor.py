@@ -57,7 +57,7 @@ class Executor:
         self._real: torch.Tensor | None = None  # bool [b, cached], CPU; None: nothing in the cache is padding
         self._pending: PendingSend | None = None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def execute(self, message: Message) -> torch.Tensor | Scores | None:
         """Do what ``message`` says.
 
@@ -120,7 +120,7 @@ class Executor:
             return None
         if message.output == Output.NONE:
             return None
-        logits = self.stage.gather_logits(x).float()
+        logits = self.stage.gather_logits(x).float().contiguous()
         result = logits if message.output == Output.LOGITS else score(logits, message.targets)
         if context.pp_rank == 0:
             return result if context.tp_rank == 0 else None

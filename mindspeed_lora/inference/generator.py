@@ -94,9 +94,9 @@ class ParallelCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         **unused: Any,
     ) -> dict[str, Any]:
-        """Only the tokens that the cache has not seen."""
+        """Only the tokens that the cache has not seen; padding stands before those alone that come first."""
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        mask = None if attention_mask is None else attention_mask[:, seen:]
+        mask = None if seen else attention_mask
         return {"input_ids": input_ids[:, seen:], "attention_mask": mask, "past_key_values": past_key_values}
 
     def forward(

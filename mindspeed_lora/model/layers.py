@@ -48,13 +48,16 @@ class SelfAttention(nn.Module):
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``[s, b, (n/g + 2) g/t d]`` -> query ``[s, b, n/t, d]``, key and value ``[s, b, g/t, d]``."""
         length, batch = qkv.shape[:2]
-        qkv = qkv.view(length, batch, self.groups, self.heads_per_group + 2, self.kv_channels)
+        qkv = qkv.contiguous().view(length, batch, self.groups, self.heads_per_group + 2, self.kv_channels)
         query, key, value = qkv.split((self.heads_per_group, 1, 1), dim=3)
         return query.reshape(length, batch, -1, self.kv_channels), key.squeeze(3), value.squeeze(3)
 
     def forward(self, hidden: torch.Tensor, rotary: RotaryTables, attend: Attend) -> torch.Tensor:
         """hidden ``[s, b, h]`` (SP: ``[s/t, b, h]``) -> the same shape."""
-        query, key, value = self._split(self.linear_qkv(hidden))
+        qkv = self.linear_qkv(hidden)
+        if isinstance(attend, DecodeState) and attend.cache is not None and qkv.shape[0] == 1:
+            return self.linear_proj(self._one_token(qkv, rotary, attend))
+        query, key, value = self._split(qkv)
         if self.qk_layernorm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         query, key = ops.rotate(query, *rotary), ops.rotate(key, *rotary)
@@ -64,6 +67,28 @@ class SelfAttention(nn.Module):
         else:
             core = self._core(query, key, value, attend)
         return self.linear_proj(core.permute(2, 0, 1, 3).flatten(2))
+
+    def _one_token(self, qkv: torch.Tensor, rotary: RotaryTables, decode: DecodeState) -> torch.Tensor:
+        """One new position in each row: ``[1, b, (n/g + 2) g/t d]`` -> ``[1, b, n/t d]``, with as few kernels as it takes.
+
+        A group's query heads and its key lie behind one another in qkv, so they are normed and rotated together; and since they
+        all attend to the same keys, they can stand as the positions of one head (no copy of keys for each of them).
+        """
+        batch, (cosine, sine) = qkv.shape[1], rotary
+        heads = qkv.contiguous().view(batch, self.groups, self.heads_per_group + 2, self.kv_channels)
+        turned, value = heads.split((self.heads_per_group + 1, 1), dim=2)
+        if self.qk_layernorm:
+            turned = ops.rms_norm(turned, self._query_key_weight(), self.q_layernorm.epsilon)
+        turned = ops.rotate(turned, cosine.transpose(0, 1).expand(batch, -1, -1, -1), sine.transpose(0, 1).expand(batch, -1, -1, -1))
+        query, key = turned.split((self.heads_per_group, 1), dim=2)
+        assert decode.cache is not None
+        mask = self._decode_mask(decode, 1, decode.cache.length, qkv.device)
+        key, value = decode.cache.append(self.layer, key, value)
+        return ops.attention(query, key, value, mask, is_causal=False).reshape(1, batch, -1)
+
+    def _query_key_weight(self) -> torch.Tensor:
+        """``[n/g + 1, d]``: the norm's weight of each query head of a group and of its key."""
+        return torch.cat((self.q_layernorm.weight.expand(self.heads_per_group, -1), self.k_layernorm.weight[None]))
 
     def _core(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attend: Attend) -> torch.Tensor:
         """query ``[b, n/t, s, d]``, key and value ``[b, g/t, s, d]`` -> ``[b, n/t, s, d]``."""
@@ -84,12 +109,14 @@ class SelfAttention(nn.Module):
         seen, length = 0 if decode.cache is None else decode.cache.length, query.shape[2]
         if decode.cache is not None:
             key, value = decode.cache.append(self.layer, key, value)
-        mask, own = decode.mask, self._own_mask(length, seen, query.device)
-        if mask is None:
-            mask = own
-        elif own is not None:
-            mask = mask & own
-        return ops.attention(query, key, value, mask, is_causal=seen == 0)
+        return ops.attention(query, key, value, self._decode_mask(decode, length, seen, query.device), is_causal=seen == 0)
+
+    def _decode_mask(self, decode: DecodeState, length: int, seen: int, device: torch.device) -> torch.Tensor | None:
+        """bool ``[b or 1, 1, s, seen + s]`` or ``[s, seen + s]``: the batch's padding and the layer's window; None: neither."""
+        own = self._own_mask(length, seen, device)
+        if decode.mask is None or own is None:
+            return own if decode.mask is None else decode.mask
+        return decode.mask & own
 
 
 class MLP(nn.Module):

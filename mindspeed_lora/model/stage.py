@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mindspeed_lora import ops
 from mindspeed_lora.arguments.configs import RecomputeFlags
 from mindspeed_lora.model.decode import Attend, DecodeState, PackedDocuments
 from mindspeed_lora.model.layers import RMSNorm, RotaryTables, TransformerLayer
@@ -152,7 +153,7 @@ class GPTStage(nn.Module):
         return self._row_losses(hidden, labels, row_weights)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(enter_column(hidden, self.context), self.head_weight).transpose(0, 1)
+        return ops.linear(enter_column(hidden, self.context), self.head_weight).transpose(0, 1)
 
     def _row_losses(self, hidden: torch.Tensor, labels: torch.Tensor, row_weights: torch.Tensor | None) -> torch.Tensor:
         hidden = enter_column(hidden, self.context)

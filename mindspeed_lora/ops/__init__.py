@@ -2,6 +2,7 @@
 
 | kernel             | cpu, cuda                                 | npu                       |
 |--------------------|-------------------------------------------|---------------------------|
+| linear             | linear, on a CPU transposed for few rows  | linear                    |
 | rms_norm           | eager                                     | npu_rms_norm              |
 | rotate             | eager                                     | npu_rotary_mul            |
 | swiglu             | eager                                     | npu_swiglu                |
@@ -19,11 +20,16 @@ import torch
 from mindspeed_lora.ops import eager, npu
 from mindspeed_lora.ops.eager import band_mask
 
-__all__ = ["attention", "band_mask", "document_attention", "rms_norm", "rotate", "swiglu"]
+__all__ = ["attention", "band_mask", "document_attention", "linear", "rms_norm", "rotate", "swiglu"]
 
 
 def _kernels(x: torch.Tensor) -> ModuleType:
     return npu if x.device.type == "npu" else eager
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """See :func:`mindspeed_lora.ops.eager.linear`."""
+    return eager.linear(x, weight, bias)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -18,7 +18,9 @@ def _causal_mask(device: torch.device) -> torch.Tensor:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.rms_norm`."""
-    return load_torch_npu().npu_rms_norm(x, weight, epsilon=epsilon)[0]
+    if weight.dim() == 1:
+        return load_torch_npu().npu_rms_norm(x, weight, epsilon=epsilon)[0]
+    return weight * load_torch_npu().npu_rms_norm(x, torch.ones_like(weight[0]), epsilon=epsilon)[0]  # its weight says the normed dims
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mindspeed_lora import ops
 from mindspeed_lora.parallel.collectives import copy_to_tp, gather_from_sequence, reduce_from_tp, scatter_to_sequence
 from mindspeed_lora.parallel.context import ParallelContext
 
@@ -51,7 +52,7 @@ class ColumnParallelLinear(_ParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[s, b, in]`` (SP: ``[s/t, b, in]``) -> ``[s, b, out/t]``."""
-        return F.linear(enter_column(x, self.context), self.weight, self.bias)
+        return ops.linear(enter_column(x, self.context), self.weight, self.bias)
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -62,7 +63,7 @@ class RowParallelLinear(_ParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[s, b, in/t]`` -> ``[s, b, out]`` (SP: ``[s/t, b, out]``)."""
-        return leave_row(F.linear(x, self.weight), self.context)
+        return leave_row(ops.linear(x, self.weight), self.context)
 
 
 class VocabParallelEmbedding(nn.Module):
