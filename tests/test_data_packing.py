@@ -227,7 +227,7 @@ def one_step(config: TrainConfig) -> tuple[float, torch.Tensor, float]:
     trainer = Trainer(config, context, parts, plan.state, None, plan.global_batch_size, None, None)
     batch = next(iter(training_batches(plan, context)))
     seen = EvalBatches(plan.dataset, plan.splits[0], BatchShape(1, 2, 0, 1, 64, False, 4, 0, plan.documents))
-    validation = trainer.evaluate(seen)
+    validation, _ = trainer.evaluate(seen)
     result = trainer.step(batch)
     assert result.loss is not None
     return result.loss, parts.gradients.buffer.clone(), validation

@@ -16,7 +16,7 @@ from mindspeed_lora.checkpoint.load import base_name
 from mindspeed_lora.lora.inject import kaiming_uniform
 from mindspeed_lora.model.decode import DecodeState, KVCache
 from mindspeed_lora.parallel.context import build_context
-from mindspeed_lora.parallel.pipeline import PipelineRunner, forward_through_stages
+from mindspeed_lora.parallel.pipeline import PipelineRunner, forward_through_stages, sum_of_rows
 
 MODELS = {
     "qwen3": ("qwen3", {}),
@@ -105,7 +105,7 @@ def _gradient_cell(folder: Path, tp_size: int, pp_size: int, sequence_parallel: 
     from mindspeed_lora.parallel.collectives import all_reduce
 
     engine = build_engine(folder, build_context(torch.device("cpu"), tp_size, pp_size, sequence_parallel), SPEC, fusion)
-    loss = PipelineRunner(engine.stages, engine.context).forward_backward(*batch(), micro_batch_size=1)
+    loss = PipelineRunner(engine.stages, engine.context).forward_backward(*batch(), micro_batch_size=1).sum()
     gradients = {}
     for stage in engine.stages:
         for name, parameter in stage.named_parameters():
@@ -209,7 +209,11 @@ def _fill_drain_cell(folder: Path, layers_per_virtual_stage: int | None) -> list
         for parameter in trained:
             parameter.grad = None
         inputs = {"labels": labels, "row_weights": weights}
-        loss = fill_drain(engine.stages, engine.context, ids, inputs, 1) if plain else runner.forward_backward(ids, labels, weights, 1)
+        loss = (
+            fill_drain(engine.stages, engine.context, ids, inputs, 1, sum_of_rows, weights)
+            if plain
+            else runner.forward_backward(ids, labels, weights, 1)
+        ).sum()
         outcomes.append([loss.item(), *(parameter.grad.norm().item() for parameter in trained if parameter.grad is not None)])
     assert len(outcomes[0]) == len(trained) + 1
     assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-6)
@@ -226,7 +230,7 @@ def _packed_cell(folder: Path, tp_size: int, pp_size: int) -> tuple[float, dict[
     """Loss and LoRA gradients of two rows that hold documents of 5, 7 and 9, 3 tokens (and padding)."""
     engine = build_engine(folder, build_context(torch.device("cpu"), tp_size, pp_size, tp_size > 1), SPEC, True)
     ids, labels, ends = _packed_rows()
-    loss = PipelineRunner(engine.stages, engine.context).forward_backward(ids, labels, torch.ones(2), 1, ends)
+    loss = PipelineRunner(engine.stages, engine.context).forward_backward(ids, labels, torch.ones(2), 1, ends).sum()
     named = [pair for stage in engine.stages for pair in stage.named_parameters() if pair[1].requires_grad]
     return loss.item(), {
         name: parameter.grad for name, parameter in named if ".lora_B." in name and engine.table.lora_row(name).axis is None
@@ -251,7 +255,9 @@ def test_packed_documents_equal_separate_ones(pool: Any, folders: dict[str, Path
     runner, expected = PipelineRunner(alone.stages, alone.context), 0.0
     for row, bounds in enumerate([[0, *row_ends] for row_ends in ends.tolist()]):
         for start, end in ((bounds[0], bounds[1]), (bounds[1], bounds[2])):
-            expected += runner.forward_backward(ids[row : row + 1, start:end], labels[row : row + 1, start:end], torch.ones(1), 1).item()
+            expected += (
+                runner.forward_backward(ids[row : row + 1, start:end], labels[row : row + 1, start:end], torch.ones(1), 1).sum().item()
+            )
     gradients = dict(alone.stages[0].named_parameters())
     results = pool.run(_packed_cell, tp_size * pp_size, folders[model], tp_size, pp_size)
     assert results[-1][0] == pytest.approx(expected, rel=1e-5)

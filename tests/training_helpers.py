@@ -74,6 +74,28 @@ def write_data(prefix: Path, samples: int = SAMPLES, seed: int = 5, masked: tupl
     return prefix
 
 
+def write_pairs(prefix: Path, pairs: int = SAMPLES, seed: int = 6, empty: tuple[int, ...] = (), equal: tuple[int, ...] = ()) -> Path:
+    """Prompts of 3 to 8 tokens with two answers of 2 to 9; in ``empty`` nothing of the rejected one is trained, in ``equal`` both agree."""
+    from mindspeed_lora.data.indexed_dataset import IndexedDatasetBuilder
+    from mindspeed_lora.data.sft_dataset import key_stem
+
+    random = np.random.RandomState(seed)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    columns: dict[str, list[np.ndarray]] = {}
+    for number in range(pairs):
+        prompt, chosen, rejected = (random.randint(4, VOCAB, random.randint(*bounds)) for bounds in ((3, 9), (2, 10), (2, 10)))
+        for side, answer in (("chosen", chosen), ("rejected", chosen if number in equal else rejected)):
+            trained = np.full_like(answer, -100) if number in empty and side == "rejected" else answer
+            columns.setdefault(f"{side}_input_ids", []).append(np.concatenate([prompt, answer]))
+            columns.setdefault(f"{side}_labels", []).append(np.concatenate([np.full_like(prompt, -100), trained]))
+    for key, rows in columns.items():
+        with IndexedDatasetBuilder(key_stem(prefix, key)) as builder:
+            for row in rows:
+                builder.add_document(row)
+            builder.finish()
+    return prefix
+
+
 def make_workspace(folder: Path, family: str = "qwen3", tied: bool = False) -> Path:
     """``folder/model`` with tokenizer, ``folder/data/set``."""
     make_model(folder / "model", family, tie_word_embeddings=tied)

@@ -15,6 +15,14 @@ from mindspeed_lora.manifest import MANIFEST_NAME, read_manifest
 Values = dict[str, Any]
 Sources = dict[str, str]
 
+_LOSSES_OF = {
+    "preference.label_smoothing": ("sigmoid", "simpo"),
+    "preference.simpo_gamma": ("simpo",),
+    "preference.ref_model": ("sigmoid", "hinge", "ipo"),
+    "preference.ref_iteration": ("sigmoid", "hinge", "ipo"),
+}
+"""Preference flags that only some values of --dpo-loss-type use."""
+
 
 def check_paths(given: Iterable[tuple[Flag, Any]]) -> None:
     """Raise UsageError where a path that must exist does not, or is of the other kind."""
@@ -129,6 +137,7 @@ def _check_rope_scaling(values: Values, sources: Sources) -> None:
 
 
 def _check_training(values: Values, sources: Sources) -> list[str]:
+    _check_stage(values, sources)
     _check_schedule(values)
     for path in ("dry_run_machine", "dry_run_devices"):
         if path in values and not values.get("dry_run"):
@@ -156,6 +165,31 @@ def _check_training(values: Values, sources: Sources) -> list[str]:
         if "save.save_interval" in values:
             raise UsageError(f"--save-interval {values['save.save_interval']} needs --save, the folder to write to")
     return notes
+
+
+def _check_stage(values: Values, sources: Sources) -> None:
+    """``--stage`` decides whether there are preference flags; each loss has its own."""
+    stage, pairwise = values.get("stage", "sft"), values.pop("pairwise", False)
+    sources.pop("pairwise", None)
+    given = {path: flag for path, flag in sources.items() if path.startswith("preference.")}
+    if stage == "sft":
+        if pairwise or given:
+            raise UsageError(
+                f"{'--is-pairwise-dataset' if pairwise else next(iter(given.values()))} belongs to --stage dpo; add --stage dpo"
+            )
+        return
+    values["preference"] = True
+    kind = values.get("preference.loss_type", "sigmoid")
+    for path, kinds in _LOSSES_OF.items():
+        if path in given and kind not in kinds:
+            raise UsageError(f"{given[path]} has no meaning with --dpo-loss-type {kind}, only with {' or '.join(kinds)}; leave it out")
+    for path in ("data.pack", "data.neat_pack", "data.reset_attention_mask"):
+        if values.get(path):
+            raise UsageError(f"{sources[path]}: preference pairs are not packed; leave it out")
+    if values.get("loss_normalization") == "micro-batch":
+        raise UsageError(
+            "--loss-normalization micro-batch: the loss of --stage dpo is the mean over the global batch's pairs; leave it out"
+        )
 
 
 def _check_schedule(values: Values) -> None:

@@ -154,6 +154,24 @@ class SaveFlags:
 
 
 @dataclass(frozen=True)
+class PreferenceFlags:
+    """Training on preference pairs (``--stage dpo``). ``ref_model`` None: the model that training starts from."""
+
+    loss_type: str = "sigmoid"  # sigmoid | hinge | ipo | simpo | orpo
+    beta: float = 0.1
+    label_smoothing: float = 0.0  # share of pairs whose labels are thought to be swapped
+    pref_ftx: float = 0.0  # factor of the chosen answers' mean -log p
+    simpo_gamma: float = 0.5  # margin of simpo
+    ref_model: Path | None = None
+    ref_iteration: int | None = None  # of a Megatron save folder; None: the newest
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with a reference model."""
+        return self.loss_type not in ("simpo", "orpo")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """``posttrain_gpt.py``."""
 
@@ -168,6 +186,8 @@ class TrainConfig:
     save: SaveFlags
     architecture: ArchitectureFlags = field(default_factory=ArchitectureFlags)
     lora: LoraFlags | None = None  # None: full-parameter training
+    stage: str = "sft"  # sft | dpo: training on preference pairs
+    preference: PreferenceFlags | None = None  # with dpo
     micro_batch_size: int = 1
     global_batch_size: int | None = None  # None: micro_batch_size x data parallel size
     train_iters: int = 0

@@ -24,6 +24,7 @@ GROUPS = (
     "prompts and answers",
     "score",
     "lora",
+    "preference pairs",
     "batch and length",
     "optimizer and schedule",
     "evaluation while training",

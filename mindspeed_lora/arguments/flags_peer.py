@@ -140,8 +140,8 @@ PARALLEL = [
 ]
 
 TRAINING = [
-    *accepted("stage", T, "supervised fine-tuning", TEXT, only=("sft",), otherwise="this stage comes with a later release; use sft"),
-    *accepted("is-instruction-dataset", T, "all data here is instruction data"),
+    *accepted("is-instruction-dataset", T, "--stage says what the data is"),
+    *accepted("is-pairwise-dataset", T, "--stage dpo says it, which the flag belongs to", dest=("pairwise",)),
     *accepted("variable-seq-lengths", T, "lengths may always differ from step to step"),
     *accepted("calculate-per-token-loss", T, "already so (--loss-normalization tokens)", dest=("per_token_loss",)),
     *accepted("enable-hf2mg-convert", T, "--load takes Hugging Face folders directly"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_lora.arguments.flag import COMMANDS, CONVERT, EVALUATE, INFER, PREPROCESS, RUNS, TRAIN, Flag, refused
+from mindspeed_lora.arguments.flag import COMMANDS, CONVERT, EVALUATE, INFER, PREPROCESS, RUNS, Flag, refused
 from mindspeed_lora.arguments.flags_model import LATER_FP16
 from mindspeed_lora.arguments.values import TEXT
 
@@ -12,7 +12,6 @@ LATENT = "multi-head latent attention (DeepSeek) comes with a later release; Qwe
 MTP = "multi-token prediction comes with a later release; leave it out"
 FAMILY = "the families that need it (Gemma, GLM, MiniCPM, Phi and others) come with a later release; Qwen3 dense and Llama work"
 LINEAR_ATTENTION = "linear attention (Qwen3-Next, Mamba) is not supported; Qwen3 dense and Llama work"
-PAIRS = "preference data and DPO come with a later release; use --stage sft and instruction data"
 PLACEMENT = "uneven and empty layers come with a later release; use a pipeline size that divides the number of layers"
 CHAT = "--task chat comes with a later release, and this flag with it"
 TORCHRUN = "this flag belongs to torchrun: put it before the name of the program"
@@ -86,8 +85,6 @@ FAMILY_FLAGS = [
 ]
 
 DATA_FLAGS = [
-    *refused("is-pairwise-dataset", (TRAIN,), PAIRS),
-    *refused("dpo-loss-type dpo-beta dpo-label-smoothing pref-ftx ref-model refer-model-iter", (TRAIN,), PAIRS, TEXT),
     *refused("tokenizer-model", (*RUNS, PREPROCESS), "tokenizers are Hugging Face folders; use --tokenizer-name-or-path", TEXT),
 ]
 

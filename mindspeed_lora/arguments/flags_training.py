@@ -5,6 +5,7 @@ from __future__ import annotations
 from mindspeed_lora.arguments.flag import TRAIN, Flag, active
 from mindspeed_lora.arguments.flags_tools import OTHER_HANDLERS, TRAINED_HANDLERS
 from mindspeed_lora.arguments.values import (
+    BELOW_HALF,
     COUNT,
     COUNT_OR_ZERO,
     DECAY,
@@ -92,6 +93,67 @@ DATA = [
         default_text="data_cache beside --save, else ~/.cache/mindspeed_lora/data",
     ),
     active("--no-shuffle", T, "data", "take the records in their own order", None, "data.shuffle", const=False),
+]
+
+PREFERENCE = [
+    active(
+        "--stage",
+        T,
+        "data",
+        "sft: supervised fine-tuning; dpo: training on preference pairs, with the loss of --dpo-loss-type",
+        TEXT,
+        "stage",
+        choices=("sft", "dpo"),
+        not_yet=dict.fromkeys(("ray_ppo", "ray_online_dpo", "ray_grpo"), "reinforcement learning is not supported; use sft or dpo"),
+    ),
+    active(
+        "--dpo-loss-type",
+        T,
+        "preference pairs",
+        "the loss: sigmoid (DPO), hinge, ipo; simpo and orpo need no reference model",
+        TEXT,
+        "preference.loss_type",
+        choices=("sigmoid", "hinge", "ipo", "simpo", "orpo"),
+    ),
+    active("--dpo-beta", T, "preference pairs", "how much a difference of log-probabilities counts", POSITIVE, "preference.beta"),
+    active(
+        "--dpo-label-smoothing",
+        T,
+        "preference pairs",
+        "with sigmoid or simpo: share of the pairs whose answers are thought to be swapped",
+        BELOW_HALF,
+        "preference.label_smoothing",
+    ),
+    active(
+        "--pref-ftx",
+        T,
+        "preference pairs",
+        "add so many times the chosen answers' mean -log p to the loss",
+        NOT_NEGATIVE,
+        "preference.pref_ftx",
+    ),
+    active(
+        "--simpo-gamma", T, "preference pairs", "with simpo: the margin that a pair should have", NOT_NEGATIVE, "preference.simpo_gamma"
+    ),
+    active(
+        "--ref-model",
+        T,
+        "preference pairs",
+        "reference model: a Hugging Face or Megatron folder, or an adapter's",
+        PATH,
+        "preference.ref_model",
+        must_exist="folder",
+        default_text="the model that training starts from",
+    ),
+    active(
+        "--refer-model-iter",
+        T,
+        "preference pairs",
+        "iteration of the reference's Megatron folder",
+        COUNT_OR_ZERO,
+        "preference.ref_iteration",
+        default_text="the newest",
+    ),
 ]
 
 BATCH = [
@@ -333,4 +395,4 @@ DRY_RUN = [
     ),
 ]
 
-FLAGS: list[Flag] = [*RESUMING, *DATA, *BATCH, *OPTIMIZER, *EVALUATION, *SAVING, *MEMORY, *DRY_RUN]
+FLAGS: list[Flag] = [*RESUMING, *DATA, *PREFERENCE, *BATCH, *OPTIMIZER, *EVALUATION, *SAVING, *MEMORY, *DRY_RUN]

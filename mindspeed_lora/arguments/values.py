@@ -92,6 +92,7 @@ NOT_NEGATIVE = ValueType("X", "a number of at least 0", _number(lambda value: va
 NUMBER = ValueType("X", "a number", _number(lambda value: True))
 FRACTION = ValueType("X", "a number from 0 to 1", _number(lambda value: 0 <= value <= 1))
 SHARE = ValueType("X", "a number above 0 and at most 1", _number(lambda value: 0 < value <= 1))
+BELOW_HALF = ValueType("X", "a number from 0 to below 0.5", _number(lambda value: 0 <= value < 0.5))
 DECAY = ValueType("X", "a number from 0 to below 1", _number(lambda value: 0 <= value < 1))
 TEXT = ValueType("TEXT", "a text that is not empty", _text)
 RAW_TEXT = ValueType("TEXT", "any text", str)

@@ -82,8 +82,8 @@ def verify_folder(folder: Path) -> str:
     return f"--verify: {verified} files of {folder} have their checksums"
 
 
-def adapter_only_base(folder: Path) -> Path | None:
-    """The base that an adapter-only save folder records; None for any other folder.
+def adapter_only_base(folder: Path, flag: str = "--load") -> Path | None:
+    """The base that an adapter-only save folder records; None for any other folder. ``flag`` gave the folder.
 
     Raises:
         CheckpointError: the recorded base is not there any more.
@@ -96,7 +96,8 @@ def adapter_only_base(folder: Path) -> Path | None:
     path = Path((manifest.base or {}).get("path", ""))
     if not path.is_dir():
         raise CheckpointError(
-            f"--load {folder}: holds an adapter only, and its base {path} is not there; pass --load BASE --lora-load {folder}"
+            f"{flag} {folder}: holds an adapter only, and its base {path} is not there; "
+            + (f"pass --load BASE --lora-load {folder}" if flag == "--load" else "put it there again")
         )
     return path
 

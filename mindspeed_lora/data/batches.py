@@ -11,16 +11,17 @@ count need no communication.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from mindspeed_lora.data.packing import IGNORED
-from mindspeed_lora.data.sft_dataset import DocumentRule, SFTDataset
+from mindspeed_lora.data.sft_dataset import DocumentRule
 from mindspeed_lora.errors import UsageError
 
 _NO_SAMPLE = -1  # stands in sample_ids for a row that only fills up the last evaluation batch
@@ -41,8 +42,30 @@ class StepBatch:
     sample_ids: tuple[int, ...]  # of the global batch: numbers in the dataset, -1 for rows that only fill up
     skipped_samples: int  # of the global batch: samples without a trained token
     cut_samples: int  # of the global batch: samples longer than seq_length, cut at the right
+    micro_batch_size: int  # rows of a micro-batch
+    row_trained_tokens: tuple[int, ...]  # of this rank's rows
     num_documents: int  # of the global batch: texts that see only themselves; without --reset-attention-mask the samples
     document_ends: torch.Tensor | None = None  # [G / D, n] int32: ends of each row's documents, the last one s, repeated as needed
+    num_pairs: int = 0  # of the global batch: preference pairs that are trained
+
+
+class Rows(Protocol):
+    """What a batch is made of: ids and labels by row number, and the rows' lengths."""
+
+    @property
+    def input_ids(self) -> Any:
+        """``[row]``: ids int32 of a row."""
+        ...
+
+    @property
+    def labels(self) -> Any:
+        """``[row]``: its labels, not shifted."""
+        ...
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Of all rows."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -83,16 +106,20 @@ class BatchShape:
         return np.arange(self.global_batch_size).reshape(shape)[:, self.dp_rank].reshape(-1)
 
 
+BatchMaker = Callable[[Any, npt.NDArray[np.int64], BatchShape], StepBatch]
+"""The rows of a rank in a global batch, from a data set and the numbers of its samples (-1: none)."""
+
+
 class StepBatches:
     """Endless training batches, from sample number ``start_sample`` of the stream on (a multiple of the global batch size or not).
 
     ``prefetch``: a thread prepares the next batch meanwhile. ``num_skipped_samples`` and ``num_cut_samples`` count over
-    the batches handed out.
+    the batches handed out. ``make``: how a batch is made of the data set.
     """
 
     def __init__(
         self,
-        dataset: SFTDataset,
+        dataset: Any,
         indices: Sequence[int],
         seed: int,
         shuffle: bool,
@@ -107,10 +134,11 @@ class StepBatches:
         start_sample: int = 0,
         prefetch: bool = True,
         documents: DocumentRule | None = None,
+        make: BatchMaker | None = None,
     ) -> None:
         if not len(indices):
             raise UsageError("--split leaves no sample for training; use --split 100,0,0 or give more data")
-        self.dataset = dataset
+        self.dataset, self.make = dataset, make or make_batch
         self.order = SampleOrder(indices, seed, shuffle)
         self.shape = BatchShape(
             micro_batch_size, global_batch_size, dp_rank, dp_size, seq_length, pad_to_seq_length, pad_multiple, pad_token_id, documents
@@ -132,7 +160,7 @@ class StepBatches:
                 yield self._hand_out(batch)
 
     def _make(self, start: int) -> StepBatch:
-        return make_batch(self.dataset, self.order.slice(start, self.shape.global_batch_size), self.shape)
+        return self.make(self.dataset, self.order.slice(start, self.shape.global_batch_size), self.shape)
 
     def _hand_out(self, batch: StepBatch) -> StepBatch:
         self.next_sample += self.shape.global_batch_size
@@ -147,8 +175,10 @@ class EvalBatches:
     ``max_batches``: stop after so many. Iterating again starts from the beginning.
     """
 
-    def __init__(self, dataset: SFTDataset, indices: Sequence[int], shape: BatchShape, max_batches: int | None = None) -> None:
-        self.dataset = dataset
+    def __init__(
+        self, dataset: Any, indices: Sequence[int], shape: BatchShape, max_batches: int | None = None, make: BatchMaker | None = None
+    ) -> None:
+        self.dataset, self.make = dataset, make or make_batch
         self.indices = np.asarray(indices, np.int64)
         self.shape = shape
         batches = -(-len(self.indices) // shape.global_batch_size)
@@ -163,7 +193,7 @@ class EvalBatches:
             samples = np.full(size, _NO_SAMPLE, np.int64)
             piece = self.indices[number * size : (number + 1) * size]
             samples[: len(piece)] = piece
-            yield make_batch(self.dataset, samples, self.shape)
+            yield self.make(self.dataset, samples, self.shape)
 
 
 class SampleOrder:
@@ -204,7 +234,7 @@ class SampleOrder:
         return np.concatenate(pieces)
 
 
-def make_batch(dataset: SFTDataset, samples: npt.NDArray[np.int64], shape: BatchShape) -> StepBatch:
+def make_batch(dataset: Rows, samples: npt.NDArray[np.int64], shape: BatchShape) -> StepBatch:
     """The rows of this rank in the global batch ``samples`` [G] (-1: a row to be ignored).
 
     With documents, the first token of one is no target: the token before it belongs to another one.
@@ -233,19 +263,21 @@ def make_batch(dataset: SFTDataset, samples: npt.NDArray[np.int64], shape: Batch
         sample_ids=tuple(int(sample) for sample in samples),
         skipped_samples=int((real & (trained == 0)).sum()),
         cut_samples=int((full_lengths > shape.seq_length).sum()),
+        micro_batch_size=shape.micro_batch_size,
+        row_trained_tokens=tuple(trained[rows].tolist()),
         num_documents=sum(len(end) for end in ends),
         document_ends=None if shape.documents is None else _ends_tensor([ends[number] for number in rows], columns),
     )
 
 
-def _document_ends(dataset: SFTDataset, sample: int, length: int, documents: DocumentRule | None) -> npt.NDArray[np.int32]:
+def _document_ends(dataset: Any, sample: int, length: int, documents: DocumentRule | None) -> npt.NDArray[np.int32]:
     """Ends of a sample's documents, padding left out; empty for a row that only fills up."""
     if sample < 0 or not length:
         return np.empty(0, np.int32)
     return np.array([length], np.int32) if documents is None else documents.ends(dataset, sample, length)
 
 
-def _targets(dataset: SFTDataset, sample: int, length: int, ends: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+def _targets(dataset: Rows, sample: int, length: int, ends: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     """``[length - 1]``: the trained id that follows each position in its document, -100 elsewhere."""
     if sample < 0:
         return np.empty(0, np.int32)

@@ -19,7 +19,7 @@ def cut_turns(pairs: list[Pair], cutoff: int, rule: CutRule) -> list[Pair]:
     for source, target in pairs:
         if left <= 0:
             break
-        max_source, max_target = (_halves if rule == "halves" else _proportional)(len(source), len(target), left)
+        max_source, max_target = (shared_room if rule == "halves" else _proportional)(len(source), len(target), left)
         source, target = source[:max_source], target[:max_target]
         left -= len(source) + len(target)
         cut.append((source, target))
@@ -32,7 +32,8 @@ def _proportional(source: int, target: int, left: int) -> tuple[int, int]:
     return left - min(max_target, target), max_target
 
 
-def _halves(source: int, target: int, left: int) -> tuple[int, int]:
+def shared_room(source: int, target: int, left: int) -> tuple[int, int]:
+    """Most tokens of a source and of a target that share room for ``left``, by the rule ``halves``."""
     if target * 2 < left:
         max_target = left
     elif source * 2 < left:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KEYS = ("input_ids", "labels", "attention_mask")
-_LONG_FORM = re.compile(r"_packed(_(input_ids|labels|attention_mask)(_document(\.bin|\.idx)?)?)?_?$")
+PAIR_KEYS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
+_LONG_FORM = re.compile(rf"_packed(_({'|'.join(KEYS + PAIR_KEYS)})(_document(\.bin|\.idx)?)?)?_?$")
 _SCAN_TOKENS = 1 << 24
 
 
@@ -45,8 +46,13 @@ def data_prefix(data_path: str | Path) -> Path:
 
 
 def has_pair(prefix: Path) -> bool:
-    """Whether preprocessed data lies at ``prefix``."""
-    return bool(prefix.name) and idx_path(key_stem(prefix, "input_ids")).exists()
+    """Whether preprocessed data lies at ``prefix``, single records or preference pairs."""
+    return bool(prefix.name) and (idx_path(key_stem(prefix, "input_ids")).exists() or holds_pairs(prefix))
+
+
+def holds_pairs(prefix: Path) -> bool:
+    """Whether preprocessed preference pairs lie at ``prefix``."""
+    return bool(prefix.name) and idx_path(key_stem(prefix, "chosen_input_ids")).exists()
 
 
 class SFTDataset:
@@ -88,18 +94,23 @@ class SFTDataset:
         Raises:
             DataError: an id is negative or not below ``vocab_size``.
         """
-        for key, dataset, lowest in (("input_ids", self.input_ids, 0), ("labels", self.labels, IGNORED)):
-            ids = dataset.ids
-            for start in range(0, len(ids), _SCAN_TOKENS):
-                piece = ids[start : start + _SCAN_TOKENS]
-                wrong = np.flatnonzero((piece >= vocab_size) | ((piece < 0) & (piece != lowest)))
-                if len(wrong):
-                    position = start + int(wrong[0])
-                    sample = int(np.searchsorted(np.cumsum(self.lengths, dtype=np.int64), position, "right"))
-                    raise DataError(
-                        f"{bin_path(dataset.stem)}: sample {sample} has the {key} value {int(ids[position])}, but the model's "
-                        f"vocabulary has {vocab_size} tokens; preprocess the data with this model's tokenizer"
-                    )
+        for key, dataset in (("input_ids", self.input_ids), ("labels", self.labels)):
+            check_token_range(dataset, key, vocab_size)
+
+
+def check_token_range(dataset: IndexedDataset, key: str, vocab_size: int) -> None:
+    """Read all ids of one file; Raises DataError where one is not in the vocabulary (labels may be -100)."""
+    ids, lowest = dataset.ids, IGNORED if key.endswith("labels") else 0
+    for start in range(0, len(ids), _SCAN_TOKENS):
+        piece = ids[start : start + _SCAN_TOKENS]
+        wrong = np.flatnonzero((piece >= vocab_size) | ((piece < 0) & (piece != lowest)))
+        if len(wrong):
+            position = start + int(wrong[0])
+            sample = int(np.searchsorted(np.cumsum(dataset.lengths, dtype=np.int64), position, "right"))
+            raise DataError(
+                f"{bin_path(dataset.stem)}: sample {sample} has the {key} value {int(ids[position])}, but the model's "
+                f"vocabulary has {vocab_size} tokens; preprocess the data with this model's tokenizer"
+            )
 
 
 def open_sft_dataset(data_path: str | Path) -> SFTDataset:
@@ -112,6 +123,11 @@ def open_sft_dataset(data_path: str | Path) -> SFTDataset:
     if not str(data_path).strip():
         raise UsageError("--data-path is missing; give the value that --output-prefix had in preprocess_data.py")
     prefix = data_prefix(data_path)
+    if holds_pairs(prefix) and not idx_path(key_stem(prefix, "input_ids")).exists():
+        raise UsageError(
+            f"--data-path {data_path} holds preference pairs, and this run trains on single records; add --stage dpo, "
+            "or give instruction data"
+        )
     if not has_pair(prefix):
         raise DataError(
             f"--data-path {data_path}: {idx_path(key_stem(prefix, 'input_ids'))} does not exist; "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +26,12 @@ class ParallelLoraLinear(nn.Module, LoraLayer):
 
     ``fusion`` takes the functions of :mod:`mindspeed_lora.lora.functions`; without it autograd runs the same formula
     plainly. peft calls the constructor and passes more keywords than are used here.
+
+    ``reference``: frozen (A, B) that :func:`as_reference` puts in the adapter's place; None: it leaves the base alone.
     """
+
+    reference: tuple[torch.Tensor, torch.Tensor] | None = None
+    is_reference = False
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, r: int = 0, lora_alpha: float = 1, **_peft: Any) -> None:
         super().__init__()
@@ -58,6 +65,10 @@ class ParallelLoraLinear(nn.Module, LoraLayer):
             return base(x)
         (name,) = self.active_adapters
         a, b, scale = self._weight(self.lora_A, name), self._weight(self.lora_B, name), self.scaling[name]
+        if self.is_reference:
+            if self.reference is None:
+                return base(x)
+            a, b = self.reference
         if isinstance(base, ColumnParallelLinear):
             if self.fusion:
                 return ColumnLora.apply(x, base.weight, base.bias, a, b, scale, base.context)
@@ -67,3 +78,24 @@ class ParallelLoraLinear(nn.Module, LoraLayer):
         if self.fusion:
             return RowLora.apply(x, base.weight, a, b, scale, base.context)
         return base(x) + scale * linear(leave_row(linear(x, a), base.context), b)
+
+    def freeze_reference(self) -> None:
+        """Keep the adapter's present values as those of the reference."""
+        (name,) = self.active_adapters
+        self.reference = (self._weight(self.lora_A, name).detach().clone(), self._weight(self.lora_B, name).detach().clone())
+
+
+@contextmanager
+def as_reference(stages: Sequence[nn.Module]) -> Iterator[None]:
+    """The model that LoRA training started from: its frozen adapter, or none.
+
+    peft's own ``enable_adapters`` would also switch ``requires_grad``, which the gradient buffers' hooks hang on.
+    """
+    modules = [module for stage in stages for module in stage.modules() if isinstance(module, ParallelLoraLinear)]
+    for module in modules:
+        module.is_reference = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.is_reference = False

@@ -16,7 +16,7 @@ from mindspeed_lora.parallel.collectives import receive, send
 from mindspeed_lora.parallel.context import ParallelContext
 
 if TYPE_CHECKING:
-    from mindspeed_lora.parallel.pipeline import Inputs, Stage
+    from mindspeed_lora.parallel.pipeline import Inputs, RowLoss, Stage
 
 OLDEST_WITH_WAITING_TRANSFERS = (2, 9)
 
@@ -27,16 +27,24 @@ def library_schedules_work(context: ParallelContext) -> bool:
     return context.device.type != "cpu" or version >= OLDEST_WITH_WAITING_TRANSFERS
 
 
-def fill_drain(stages: Sequence[Stage], context: ParallelContext, ids: torch.Tensor, inputs: Inputs, micro_batch_size: int) -> torch.Tensor:
+def fill_drain(
+    stages: Sequence[Stage],
+    context: ParallelContext,
+    ids: torch.Tensor,
+    inputs: Inputs,
+    micro_batch_size: int,
+    loss: RowLoss,
+    targets: torch.Tensor,
+) -> torch.Tensor:
     """Accumulate the gradients of all micro-batches of ``ids`` ``[m * micro_batch_size, s]``.
 
     Returns:
-        Sum of what the last stage returns, on its ranks; 0 elsewhere.
+        What the last stage returns, ``[m * micro_batch_size]``, on its ranks; 0 elsewhere.
     """
     group = context.pp_group
     assert group is not None
     before, behind = (context.pp_rank - 1) % context.pp_size, (context.pp_rank + 1) % context.pp_size
-    total = torch.zeros((), dtype=torch.float32, device=context.device)
+    losses = torch.zeros(ids.shape[0], dtype=torch.float32, device=context.device)
     done: list[tuple[Stage, torch.Tensor, torch.Tensor]] = []
     for start in range(0, ids.shape[0], micro_batch_size):
         rows = slice(start, start + micro_batch_size)
@@ -47,8 +55,8 @@ def fill_drain(stages: Sequence[Stage], context: ParallelContext, ids: torch.Ten
                 x = receive(torch.empty(shape, dtype=stage.dtype, device=context.device), before, group).requires_grad_()
             output = stage(x, **{name: tensor[rows] for name, tensor in inputs.items()})
             if stage.is_last:
-                output = output.sum()
-                total += output.detach()
+                losses[rows] = output.detach()
+                output = loss(output, targets[rows])
             else:
                 send(output.detach(), behind, group)
             done.append((stage, x, output))
@@ -58,4 +66,4 @@ def fill_drain(stages: Sequence[Stage], context: ParallelContext, ids: torch.Ten
             output.backward(grad)
         if not stage.is_first:
             send(torch.zeros_like(x) if x.grad is None else x.grad, before, group)
-    return total
+    return losses

@@ -9,7 +9,7 @@ receive buffers beyond the budget) is split over several calls; gradients accumu
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,15 @@ from mindspeed_lora.parallel.fill_drain import fill_drain, library_schedules_wor
 
 Inputs = dict[str, torch.Tensor]
 """Keyword inputs of a stage, each with one entry a row on dim 0, where the schedules cut them into micro-batches."""
+
+
+RowLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""The loss of a micro-batch from its rows' losses float32 ``[b]`` and what is known of each row ``[b, ...]`` (its targets)."""
+
+
+def sum_of_rows(losses: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The rows' weights say everything: the loss is the sum."""
+    return losses.sum()
 
 
 class Stage(Protocol):
@@ -75,17 +84,20 @@ def _take(inputs: Inputs, rows: slice) -> Inputs:
 class PipelineRunner:
     """Forward and backward over this rank's stages.
 
-    ``buffer_fraction`` of the smallest device's memory bounds the receive buffers of one schedule call. Collective over the
-    replica when made.
+    ``buffer_fraction`` of the smallest device's memory bounds the receive buffers of one schedule call. ``loss`` makes the
+    micro-batch's loss from its rows'. Collective over the replica when made.
     """
 
-    def __init__(self, stages: Sequence[Stage], context: ParallelContext, buffer_fraction: float = 0.05) -> None:
-        self.stages, self.context = list(stages), context
+    def __init__(
+        self, stages: Sequence[Stage], context: ParallelContext, buffer_fraction: float = 0.05, loss: RowLoss = sum_of_rows
+    ) -> None:
+        self.stages, self.context, self.loss = list(stages), context, loss
         memory = torch.tensor(float(total_memory_bytes(context.device)), dtype=torch.float32, device=context.device)
         all_reduce(memory, context.model_group, dist.ReduceOp.MIN)  # all ranks of a replica must cut a step alike
         self._budget_bytes = buffer_fraction * float(memory)
         self._key: tuple[int, int, int] | None = None
         self._schedule: Any = None
+        self._rows: list[torch.Tensor] = []  # of the micro-batches of the call under way
 
     def largest_call(self, micro_batch_size: int, length: int) -> int:
         """Micro-batches whose receive buffers (activation and gradient, of all at once) fit the budget; a multiple of pp."""
@@ -102,56 +114,58 @@ class PipelineRunner:
         row_weights: torch.Tensor,
         micro_batch_size: int,
         document_ends: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Accumulate gradients of ``sum(row_weights * -log p)`` over the replica's rows.
+        """Accumulate gradients of the loss over the replica's rows: with the default loss, ``sum(row_weights * -log p)``.
 
         Args:
             ids, labels: int64 ``[m * micro_batch_size, s]`` on the device, on every rank of the replica.
             row_weights: float32 ``[m * micro_batch_size]``.
             document_ends: int32 CPU ``[m * micro_batch_size, documents]``, see the stage; None: a row is one document.
+            targets: float32 ``[m * micro_batch_size, ...]``, for the loss; only the last stage's are used.
 
         Returns:
-            The sum as a float32 scalar on the last stage, 0 elsewhere.
+            The rows' losses (weighted sums of -log p) float32 ``[m * micro_batch_size]`` on the last stage, 0 elsewhere.
         """
         inputs = _stage_inputs(labels, row_weights, document_ends)
+        targets = row_weights if targets is None else targets
         if self.context.pp_size == 1:
-            return self._accumulate(ids, inputs, micro_batch_size)
+            return self._accumulate(ids, inputs, targets, micro_batch_size)
         if not library_schedules_work(self.context):
-            return fill_drain(self.stages, self.context, ids, inputs, micro_batch_size)
-        total = torch.zeros((), dtype=torch.float32, device=self.context.device)
+            return fill_drain(self.stages, self.context, ids, inputs, micro_batch_size, self.loss, targets)
+        losses = []
         start, length = 0, ids.shape[1]
         num_micro_batches = ids.shape[0] // micro_batch_size
         largest = self.largest_call(micro_batch_size, length)
         for size in split_micro_batches(num_micro_batches, self.context.pp_size, len(self.stages), largest):
             rows = slice(start, start + size * micro_batch_size)
             start = rows.stop
-            total += self._step(ids[rows], _take(inputs, rows), micro_batch_size, size)
-        return total
+            losses.append(self._step(ids[rows], _take(inputs, rows), targets[rows], micro_batch_size, size))
+        return torch.cat(losses)
 
-    def _accumulate(self, ids: torch.Tensor, inputs: Inputs, micro_batch_size: int) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=self.context.device)
+    def _accumulate(self, ids: torch.Tensor, inputs: Inputs, targets: torch.Tensor, micro_batch_size: int) -> torch.Tensor:
+        losses = []
         for start in range(0, ids.shape[0], micro_batch_size):
             rows = slice(start, start + micro_batch_size)
-            loss = self.stages[0](ids[rows], **_take(inputs, rows)).sum()
-            loss.backward()
-            total += loss.detach()
-        return total
+            output = self.stages[0](ids[rows], **_take(inputs, rows))
+            self.loss(output, targets[rows]).backward()
+            losses.append(output.detach())
+        return torch.cat(losses)
 
-    def _step(self, ids: torch.Tensor, inputs: Inputs, micro_batch_size: int, size: int) -> torch.Tensor:
+    def _step(self, ids: torch.Tensor, inputs: Inputs, targets: torch.Tensor, micro_batch_size: int, size: int) -> torch.Tensor:
         key = (size, micro_batch_size, ids.shape[1])
         if key != self._key:
             self._schedule = None  # free the old receive buffers before making new ones
             self._schedule, self._key = self._build(*key), key
-        losses: list[torch.Tensor] = []
         arguments = (ids,) if self.stages[0].is_first else ()
         keywords: dict[str, Any] = dict(inputs)
         if self.stages[-1].is_last:
-            keywords |= {"target": inputs["row_weights"], "losses": losses}
+            keywords["target"] = targets
         if "return_outputs" in inspect.signature(self._schedule.step).parameters:
             keywords["return_outputs"] = False
+        self._rows = []
         self._schedule.step(*arguments, **keywords)
-        zero = torch.zeros((), dtype=torch.float32, device=self.context.device)
-        return torch.stack([loss.detach() for loss in losses]).sum() if losses else zero
+        return torch.cat(self._rows) if self._rows else torch.zeros(ids.shape[0], dtype=torch.float32, device=self.context.device)
 
     def _build(self, size: int, micro_batch_size: int, length: int) -> Any:
         """Stage and schedule objects for ``size`` micro-batches of ``[micro_batch_size, length]``."""
@@ -174,8 +188,9 @@ class PipelineRunner:
                 )
             )
 
-        def loss_of(output: torch.Tensor, _target: torch.Tensor) -> torch.Tensor:
-            return output.sum()
+        def loss_of(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            self._rows.append(output.detach())  # the schedules take a stage's micro-batches in order
+            return self.loss(output, target)
 
         if len(pipeline_stages) > 1:
             return ScheduleInterleaved1F1B(pipeline_stages, size, loss_fn=loss_of, scale_grads=False)
@@ -183,7 +198,7 @@ class PipelineRunner:
         return schedule(pipeline_stages[0], size, loss_fn=loss_of, scale_grads=False)
 
     @torch.no_grad()
-    def evaluate(
+    def row_losses(
         self,
         ids: torch.Tensor,
         labels: torch.Tensor,
@@ -191,14 +206,15 @@ class PipelineRunner:
         micro_batch_size: int,
         document_ends: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As :meth:`forward_backward` without gradients."""
+        """What :meth:`forward_backward` returns, without gradients."""
         inputs = _stage_inputs(labels, row_weights, document_ends)
-        total = torch.zeros((), dtype=torch.float32, device=self.context.device)
+        losses = torch.zeros(ids.shape[0], dtype=torch.float32, device=self.context.device)
         for start in range(0, ids.shape[0], micro_batch_size):
             rows = slice(start, start + micro_batch_size)
             output = forward_through_stages(self.stages, self.context, ids[rows], **_take(inputs, rows))
-            total += 0 if output is None else output.sum()
-        return total
+            if output is not None:
+                losses[rows] = output
+        return losses
 
 
 def forward_through_stages(stages: Sequence[Stage], context: ParallelContext, ids: torch.Tensor, **keywords: Any) -> torch.Tensor | None:

@@ -37,8 +37,8 @@ class FlopsModel:
         return self.per_token * tokens + self.core_attention(tokens, samples)
 
 
-def flops_model(config: ModelConfig, table: WeightTable, lora: LoraSpec | None) -> FlopsModel:
-    """The formula for one model; with ``lora`` the base has no weight gradients."""
+def flops_model(config: ModelConfig, table: WeightTable, lora: LoraSpec | None, reference: bool = False) -> FlopsModel:
+    """The formula for one model; with ``lora`` the base has no weight gradients, with ``reference`` it runs forward once more."""
     frozen, trained = 0, 0
     for row, _ in table.entries():
         matmul = len(row.part_shapes[0]) == 2 and row.place != "embedding"
@@ -51,7 +51,10 @@ def flops_model(config: ModelConfig, table: WeightTable, lora: LoraSpec | None) 
         head = config.vocab_size * config.hidden_size
         frozen, trained = (frozen + head, trained) if lora else (frozen, trained + head)
     attention = 6.0 * config.num_layers * config.num_attention_heads * config.kv_channels
-    return FlopsModel(4.0 * frozen + 6.0 * trained, attention)
+    per_token = 4.0 * frozen + 6.0 * trained
+    if reference:
+        per_token, attention = per_token + 2.0 * (frozen if lora else trained), attention * 4 / 3
+    return FlopsModel(per_token, attention)
 
 
 def peak_flops(device_name: str) -> float | None:

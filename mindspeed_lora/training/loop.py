@@ -19,6 +19,7 @@ from mindspeed_lora.parallel.pipeline import PipelineRunner
 from mindspeed_lora.training.flops import FlopsModel
 from mindspeed_lora.training.gradients import FlatGradients
 from mindspeed_lora.training.guards import check_finite, check_lora_gradients
+from mindspeed_lora.training.objective import Objective
 from mindspeed_lora.training.optimizer import FlatAdamW
 from mindspeed_lora.training.report import IterationReport, Recorder, validation_line
 from mindspeed_lora.training.schedule import LearningRateSchedule
@@ -26,10 +27,11 @@ from mindspeed_lora.training.schedule import LearningRateSchedule
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave; ``loss`` None: the batch had no trained token and was skipped."""
+    """What one step gave; ``loss`` None: the batch had nothing to train and was skipped. ``metrics``: the objective's, by name."""
 
     loss: float | None
     norm: float | None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Interval:
     started: float = field(default_factory=time.perf_counter)
     iterations: int = 0
     losses: list[float] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
     skipped: int = 0
     tokens: int = 0
     documents: int = 0
@@ -59,25 +62,12 @@ class Machinery:
     """The parts that a step works with."""
 
     runner: PipelineRunner
+    objective: Objective
     gradients: FlatGradients
     optimizer: FlatAdamW
     schedule: LearningRateSchedule
     flops: FlopsModel
     trains_lora: bool
-
-
-def row_weights(batch: StepBatch, micro_batch_size: int, dp_size: int, normalization: str) -> torch.Tensor:
-    """float32 ``[rows of this rank]``: the factor of each row's summed loss.
-
-    "tokens": 1 / trained tokens of the global batch; "micro-batch": every micro-batch's mean counts alike, as the peer
-    does (a micro-batch without a trained token counts 0).
-    """
-    rows = batch.input_ids.shape[0]
-    if normalization == "tokens":
-        return torch.full((rows,), 1.0 / max(batch.num_trained_tokens, 1), dtype=torch.float32)
-    counts = torch.tensor(batch.micro_batch_trained_tokens, dtype=torch.float32)
-    weights = torch.where(counts > 0, 1.0 / (counts.clamp(min=1) * len(counts) * dp_size), torch.zeros(()))
-    return weights.repeat_interleave(micro_batch_size)
 
 
 class Trainer:
@@ -145,15 +135,12 @@ class Trainer:
         self.state.iteration += 1
         self.state.consumed_samples += self.global_batch_size
         self.state.skipped_samples += batch.skipped_samples
-        if batch.num_trained_tokens == 0:
+        parts = self.parts
+        if parts.objective.count(batch) == 0:
             self.state.skipped_iterations += 1
             return StepResult(None, None)
-        parts, device = self.parts, self.context.device
         parts.gradients.zero()
-        weights = row_weights(batch, self.config.micro_batch_size, self.context.dp_size, self.config.loss_normalization)
-        ids, labels, weights = batch.input_ids.to(device), batch.labels.to(device), weights.to(device)
-        size = self.config.micro_batch_size
-        loss = self._shared(parts.runner.forward_backward(ids, labels, weights, size, document_ends=batch.document_ends))
+        loss, *metrics = self._means(batch, training=True)
         if not self._lora_checked and loss > 0:
             check_lora_gradients(parts.gradients, self.context)
             self._lora_checked = True
@@ -164,15 +151,19 @@ class Trainer:
         parts.optimizer.step(parts.schedule.at(self.state.schedule_samples))
         self.state.schedule_samples += self.global_batch_size
         self.state.optimizer_steps += 1
-        return StepResult(loss, norm)
+        return StepResult(loss, norm, dict(zip(parts.objective.metrics, metrics, strict=True)))
 
-    def _shared(self, loss: torch.Tensor | float) -> float:
-        """The last stage's loss, summed over the replicas, on every rank."""
-        total = torch.zeros((), dtype=torch.float32, device=self.context.device)
+    def _means(self, batch: StepBatch, training: bool) -> list[float]:
+        """Loss and metrics, means over the global batch, on every rank; in training with a backward pass. Collective."""
+        parts = self.parts
+        inputs = parts.objective.inputs(batch, evaluating=not training)
+        rows = (inputs.ids, inputs.labels, inputs.weights, inputs.micro_batch_size, batch.document_ends)
+        losses = parts.runner.forward_backward(*rows, targets=inputs.targets) if training else parts.runner.row_losses(*rows)
+        means = torch.zeros(1 + len(parts.objective.metrics), dtype=torch.float32, device=self.context.device)
         if self.context.is_last_stage and self.context.tp_rank == 0:
-            total += loss
-        all_reduce(total, self.context.model_group)
-        return float(all_reduce(total, self.context.dp_group))
+            means += parts.objective.values(losses, inputs)
+        all_reduce(means, self.context.model_group)
+        return all_reduce(means, self.context.dp_group).tolist()
 
     def _count(self, interval: Interval, batch: StepBatch, result: StepResult) -> None:
         interval.iterations += 1
@@ -183,6 +174,7 @@ class Trainer:
             get_logger().warning(f"iteration {self.state.iteration}: no trained token in the whole global batch; skipped")
         else:
             interval.losses.append(result.loss)
+            interval.metrics.append(result.metrics)
         self.totals.tokens += batch.num_real_tokens
         self.totals.flops += self.parts.flops.total(batch.num_real_tokens, batch.num_documents)
         self.totals.iterations += 1
@@ -207,6 +199,10 @@ class Trainer:
             tokens_per_second=interval.tokens / seconds / self.context.world_size,
             teraflops=flops / seconds / self.context.world_size / 1e12,
             core_attention_percent=100 * share,
+            metrics={
+                name: sum(step[name] for step in interval.metrics) / len(interval.metrics)
+                for name in (self.parts.objective.metrics if interval.metrics else ())
+            },
         )
         get_logger().info(report.line(self.config.log_throughput))
         if self.recorder is not None:
@@ -216,21 +212,23 @@ class Trainer:
         if self.validation is None or not len(self.validation) or self._evaluated_at == self.state.iteration:
             return
         self._evaluated_at = self.state.iteration
-        loss = self.evaluate(self.validation)
-        get_logger().info(validation_line(self.state.iteration, loss))
+        loss, metrics = self.evaluate(self.validation)
+        get_logger().info(validation_line(self.state.iteration, loss, metrics))
         if self.recorder is not None:
-            self.recorder.add(
-                self.state.iteration, {"iteration": self.state.iteration, "validation_loss": loss}, {"lm loss validation": loss}
-            )
+            record = {"iteration": self.state.iteration, "validation_loss": loss}
+            record |= {f"validation_{name.replace('/', '_')}": value for name, value in metrics.items()}
+            scalars = {f"{name} validation": value for name, value in {"lm loss": loss, **metrics}.items()}
+            self.recorder.add(self.state.iteration, record, scalars)
 
-    def evaluate(self, batches: EvalBatches) -> float:
-        """Mean -log p per trained token over the validation samples. Collective."""
-        total, tokens = 0.0, 0
-        device = self.context.device
+    def evaluate(self, batches: EvalBatches) -> tuple[float, dict[str, float]]:
+        """Mean loss over the validation samples (per trained token, or per pair), and the objective's metrics. Collective."""
+        names = self.parts.objective.metrics
+        totals, count = [0.0] * (1 + len(names)), 0
         for batch in batches:
-            ones = torch.ones(batch.input_ids.shape[0], dtype=torch.float32, device=device)
-            ids, labels = batch.input_ids.to(device), batch.labels.to(device)
-            size = self.config.micro_batch_size
-            total += self._shared(self.parts.runner.evaluate(ids, labels, ones, size, document_ends=batch.document_ends))
-            tokens += batch.num_trained_tokens
-        return total / max(tokens, 1)
+            number = self.parts.objective.count(batch)
+            if number:
+                means = self._means(batch, training=False)
+                totals = [total + number * mean for total, mean in zip(totals, means, strict=True)]
+                count += number
+        loss, *metrics = (total / max(count, 1) for total in totals)
+        return loss, dict(zip(names, metrics, strict=True))

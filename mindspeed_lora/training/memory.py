@@ -47,6 +47,8 @@ def _resident(sizes: RunSizes, counts: StageParameters) -> dict[str, float]:
     trained = counts.adapter if sizes.lora else counts.base
     own = -(-trained // sizes.dp_size) if sizes.sharded_optimizer else trained
     parts: dict[str, float] = {"weights": counts.base * width}
+    if sizes.reference_copy:
+        parts["reference"] = counts.base * width
     if sizes.lora:
         parts["adapters"] = counts.adapter * width
     return parts | optimizer_bytes(trained, own, width)

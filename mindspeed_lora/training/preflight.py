@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from mindspeed_lora.arguments.configs import TrainConfig
+from mindspeed_lora.checkpoint.reference import ReferencePoint, find_reference
 from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, resolve_model_config
 from mindspeed_lora.checkpoint.resume import TrainerState, read_trainer_state
 from mindspeed_lora.checkpoint.start import StartPoint, check_save_folder, find_start
+from mindspeed_lora.data.pairs import PairDataset, open_pair_dataset
 from mindspeed_lora.data.raw import cache_root, is_raw_data, prepare_raw_data, unused_raw_flags
 from mindspeed_lora.data.sft_dataset import DocumentRule, SFTDataset, check_data_manifest, open_sft_dataset, split_ranges
 from mindspeed_lora.data.tokenizer import load_tokenizer, pad_token_id
@@ -65,6 +67,8 @@ class ModelPlan:
             sequence_parallel=parallel.sequence_parallel,
             micro_batch_size=config.micro_batch_size,
             num_micro_batches=self.num_micro_batches,
+            rows_per_record=1 if config.preference is None else 2,
+            reference_copy=config.preference is not None and config.preference.needs_reference and self.lora is None,
             length=-(-config.data.seq_length // self.pad_multiple) * self.pad_multiple,
             recompute=config.recompute,
             fusion=config.lora is not None and config.lora.fusion,
@@ -76,15 +80,16 @@ class ModelPlan:
 @dataclass(frozen=True)
 class TrainingPlan(ModelPlan):
     """A run that passed all checks. ``splits``: sample numbers of train, validation, test; ``documents``: where the documents of a
-    sample end, None where a sample is one.
+    sample end, None where a sample is one; ``reference``: what a preference loss compares with.
     """
 
-    dataset: SFTDataset
+    dataset: SFTDataset | PairDataset
     splits: tuple[range, range, range]
     tokenizer_dir: Path | None
     pad_token_id: int
     documents: DocumentRule | None
     state: TrainerState
+    reference: ReferencePoint | None
 
 
 def plan_model(config: TrainConfig, world_size: int, start: StartPoint | None = None) -> ModelPlan:
@@ -132,14 +137,16 @@ def plan_training(config: TrainConfig, world_size: int) -> TrainingPlan:
     """
     plan = plan_model(config, world_size)
     dataset, splits, tokenizer = _open_data(config, plan.start, plan.model, plan.notes)
+    state = _continued_state(config, plan.start, _origin(config, dataset, plan.schedule), plan.notes)
     return TrainingPlan(
         **vars(plan),
         dataset=dataset,
         splits=splits,
         tokenizer_dir=config.tokenizer.name_or_path or plan.start.base.config_dir,
         pad_token_id=pad_token_id(tokenizer),
-        documents=document_rule(config.data, dataset, tokenizer, plan.notes),
-        state=_continued_state(config, plan.start, _origin(config, dataset, plan.schedule), plan.notes),
+        documents=document_rule(config.data, dataset, tokenizer, plan.notes) if isinstance(dataset, SFTDataset) else None,
+        state=state,
+        reference=_reference(plan, state),
     )
 
 
@@ -190,8 +197,14 @@ def _pad_multiple(config: TrainConfig, model: ModelConfig, notes: list[str]) -> 
 
 def _open_data(
     config: TrainConfig, start: StartPoint, model: ModelConfig, notes: list[str]
-) -> tuple[SFTDataset, tuple[range, range, range], Any]:
-    dataset = open_sft_dataset(_prepared(config, start, notes))
+) -> tuple[SFTDataset | PairDataset, tuple[range, range, range], Any]:
+    prefix = _prepared(config, start, notes)
+    dataset: SFTDataset | PairDataset
+    if config.preference is None:
+        dataset = open_sft_dataset(prefix)
+    else:
+        dataset = open_pair_dataset(prefix, config.data.seq_length)
+        notes += dataset.notes()
     splits = split_ranges(len(dataset), config.data.split)
     tokenizer = load_tokenizer(config.tokenizer, start.base.config_dir)
     check_data_manifest(dataset.manifest, tokenizer, config.template)
@@ -210,14 +223,32 @@ def _prepared(config: TrainConfig, start: StartPoint, notes: list[str]) -> str |
     return data.data_path
 
 
-def _origin(config: TrainConfig, dataset: SFTDataset, schedule: LearningRateSchedule) -> dict[str, Any]:
+def _origin(config: TrainConfig, dataset: SFTDataset | PairDataset, schedule: LearningRateSchedule) -> dict[str, Any]:
     return {
+        "stage": config.stage,
         "seed": config.runtime.seed,
         "num_samples": len(dataset),
         "split": list(config.data.split),
         "shuffle": config.data.shuffle,
         "schedule": dict(vars(schedule)),
     }
+
+
+def _reference(plan: ModelPlan, state: TrainerState) -> ReferencePoint | None:
+    """The reference of a preference loss; the training state keeps its name for the runs that continue this one."""
+    preference = plan.config.preference
+    if preference is None:
+        return None
+    size, recorded = plan.layout.tensor_parallel_size, state.origin.get("reference")
+    reference = find_reference(preference, plan.start, recorded, plan.config.architecture, plan.model, plan.lora, size)
+    if reference is None:
+        plan.notes.append(f"--dpo-loss-type {preference.loss_type} needs no reference model")
+        return None
+    if preference.ref_iteration is not None and reference.base.kind == "hf":
+        plan.notes.append("--refer-model-iter: the reference is a Hugging Face folder, which has no iterations")
+    state.origin["reference"] = reference.record
+    plan.notes.append(reference.describe())
+    return reference
 
 
 def _continued_state(config: TrainConfig, start: StartPoint, origin: dict[str, Any], notes: list[str]) -> TrainerState:
@@ -229,7 +260,14 @@ def _continued_state(config: TrainConfig, start: StartPoint, origin: dict[str, A
     if start.resume is None:
         return TrainerState(origin=origin)
     state = read_trainer_state(start.resume)
-    flags = {"seed": "--seed", "num_samples": "the samples of --data-path", "split": "--split", "shuffle": "--no-shuffle"}
+    state.origin.setdefault("stage", "sft")  # of runs before there was another one
+    flags = {
+        "stage": "--stage",
+        "seed": "--seed",
+        "num_samples": "the samples of --data-path",
+        "split": "--split",
+        "shuffle": "--no-shuffle",
+    }
     for key, flag in flags.items():
         if key in state.origin and state.origin[key] != origin[key]:
             raise CheckpointError(
@@ -238,6 +276,6 @@ def _continued_state(config: TrainConfig, start: StartPoint, origin: dict[str, A
             )
     if state.origin.get("schedule") != origin["schedule"]:
         notes.append("the learning-rate schedule differs from the checkpoint's; this run's flags are used")
-    state.origin = origin
+    state.origin = {key: value for key, value in state.origin.items() if key == "reference"} | origin
     notes.append(f"continuing {start.root} at iteration {state.iteration}")
     return state

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class IterationReport:
     tokens_per_second: float
     teraflops: float
     core_attention_percent: float
+    metrics: Mapping[str, float] = field(default_factory=dict)  # means over the interval's steps, such as rewards/accuracies
 
     def line(self, throughput: bool, now: datetime | None = None) -> str:
         """The peer's line (MindSpeed-LLM v26.0.0 ``training_log``); nan iterations stop a run here, so their number is 0."""
@@ -48,6 +50,7 @@ class IterationReport:
             fields.append(f"core attn ratio (%): {self.core_attention_percent:.1f}")
         fields.append(f"learning rate: {self.learning_rate:.6E}")
         fields.append(f"global batch size: {self.global_batch_size:5d}")
+        fields += [f"{name}: {value:.6E}" for name, value in self.metrics.items()]
         if self.lm_loss is not None and self.lm_loss > 0:
             fields.append(f"lm loss: {self.lm_loss:.6E}")
         fields.append(f"loss scale: {1.0:.1f}")
@@ -66,6 +69,7 @@ class IterationReport:
             "iteration-time": self.elapsed_ms / 1000,
             "throughput": self.teraflops,
             "tokens-per-second-per-device": self.tokens_per_second,
+            **self.metrics,
         }
         return {name: value for name, value in values.items() if value is not None}
 
@@ -83,12 +87,18 @@ class IterationReport:
             "tokens_per_second_per_device": self.tokens_per_second,
             "teraflops_per_device": self.teraflops,
             "skipped_iterations": self.skipped_iterations,
+            **{name.replace("/", "_"): value for name, value in self.metrics.items()},
         }
 
 
-def validation_line(iteration: int, loss: float) -> str:
-    """The peer's line after an evaluation."""
-    return f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {math.exp(min(20.0, loss)):.6E} |"
+def validation_line(iteration: int, loss: float, metrics: Mapping[str, float] | None = None) -> str:
+    """The peer's line after an evaluation; with ``metrics`` the loss is no log-probability, and has no perplexity."""
+    fields = [f" validation loss at iteration {iteration}", f"lm loss value: {loss:.6E}"]
+    if metrics:
+        fields += [f"{name} value: {value:.6E}" for name, value in metrics.items()]
+    else:
+        fields.append(f"lm loss PPL: {math.exp(min(20.0, loss)):.6E}")
+    return " | ".join(fields) + " |"
 
 
 class Recorder:

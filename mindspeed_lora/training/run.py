@@ -12,14 +12,15 @@ from mindspeed_lora.arguments.configs import TrainConfig
 from mindspeed_lora.checkpoint.load import LoadReport, load_adapter, load_base
 from mindspeed_lora.checkpoint.resume import restore_optimizer, restore_rng
 from mindspeed_lora.checkpoint.save import SaveTarget, save_checkpoint
-from mindspeed_lora.data.batches import BatchShape, EvalBatches, StepBatches
+from mindspeed_lora.data.batches import BatchMaker, BatchShape, EvalBatches, StepBatches, make_batch
+from mindspeed_lora.data.pairs import make_pair_batch
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.lora.inject import inject_lora
 from mindspeed_lora.model.stage import GPTStage, build_stage_modules
 from mindspeed_lora.parallel.collectives import barrier, broadcast_object
 from mindspeed_lora.parallel.context import ParallelContext, initialize, shutdown, world_size_from_environment
-from mindspeed_lora.parallel.pipeline import PipelineRunner
+from mindspeed_lora.parallel.pipeline import PipelineRunner, sum_of_rows
 from mindspeed_lora.training.dry_run import dry_run
 from mindspeed_lora.training.ending import report_end
 from mindspeed_lora.training.flat import FlatLayout, TrainedParameter
@@ -27,9 +28,12 @@ from mindspeed_lora.training.flops import flops_model
 from mindspeed_lora.training.gradients import FlatGradients
 from mindspeed_lora.training.guards import check_replicas
 from mindspeed_lora.training.loop import Machinery, Trainer
+from mindspeed_lora.training.objective import Objective, PairLoss, RecordLoss
 from mindspeed_lora.training.optimizer import FlatAdamW
 from mindspeed_lora.training.parameters import trained_parameters
+from mindspeed_lora.training.preference import PreferenceLoss
 from mindspeed_lora.training.preflight import TrainingPlan, plan_training
+from mindspeed_lora.training.reference import build_reference
 from mindspeed_lora.training.report import Recorder, tensorboard_installed
 from mindspeed_lora.training.starting import report_start
 
@@ -102,19 +106,32 @@ def build_model(plan: TrainingPlan, context: ParallelContext) -> tuple[list[GPTS
 
 
 def build_machinery(plan: TrainingPlan, context: ParallelContext, stages: Sequence[GPTStage], trained: list[TrainedParameter]) -> Machinery:
-    """Flat buffers, optimizer, pipeline runner."""
-    flags = plan.config.optimizer
+    """Flat buffers, optimizer, pipeline runner, and what it minimises."""
+    flags, preference = plan.config.optimizer, plan.config.preference
+    loss = sum_of_rows if preference is None else PreferenceLoss(preference)
+    runner = PipelineRunner(stages, context, plan.config.pipeline_buffer_fraction, loss)
+    objective = _objective(plan, runner, stages)
     layout = FlatLayout(trained, context, flags.use_distributed_optimizer)
     flat = layout.flatten_parameters()
     gradients = FlatGradients(layout, context, flags.use_distributed_optimizer)
     return Machinery(
-        runner=PipelineRunner(stages, context, plan.config.pipeline_buffer_fraction),
+        runner=runner,
+        objective=objective,
         gradients=gradients,
         optimizer=FlatAdamW(layout, flat, gradients, flags, context),
         schedule=plan.schedule,
-        flops=flops_model(plan.model, plan.table, plan.lora),
+        flops=flops_model(plan.model, plan.table, plan.lora, plan.reference is not None),
         trains_lora=plan.lora is not None,
     )
+
+
+def _objective(plan: TrainingPlan, runner: PipelineRunner, stages: Sequence[GPTStage]) -> Objective:
+    if not isinstance(runner.loss, PreferenceLoss):
+        return RecordLoss(runner.context, plan.config.loss_normalization)
+    reference = None
+    if plan.reference is not None:
+        reference = build_reference(plan.reference, plan.config, plan.model, plan.dtype, runner, stages)
+    return PairLoss(runner.context, runner.loss, reference)
 
 
 def _continue(plan: TrainingPlan, context: ParallelContext, parts: Machinery) -> None:
@@ -149,7 +166,12 @@ def training_batches(plan: TrainingPlan, context: ParallelContext) -> StepBatche
         plan.pad_token_id,
         start_sample=plan.state.consumed_samples,
         documents=plan.documents,
+        make=_batch_maker(plan),
     )
+
+
+def _batch_maker(plan: TrainingPlan) -> BatchMaker:
+    return make_batch if plan.config.preference is None else make_pair_batch
 
 
 def _validation_batches(plan: TrainingPlan, context: ParallelContext) -> EvalBatches | None:
@@ -167,7 +189,7 @@ def _validation_batches(plan: TrainingPlan, context: ParallelContext) -> EvalBat
         plan.pad_token_id,
         plan.documents,
     )
-    return EvalBatches(plan.dataset, plan.splits[1], shape, plan.config.eval_iters)
+    return EvalBatches(plan.dataset, plan.splits[1], shape, plan.config.eval_iters, _batch_maker(plan))
 
 
 def _recorder(plan: TrainingPlan) -> Recorder:

@@ -18,7 +18,9 @@ from mindspeed_lora.weights.table import Row, WeightTable
 
 @dataclass(frozen=True)
 class RunSizes:
-    """One training run. ``length``: padded tokens of a row; ``parameter_bytes``: of weights and activations."""
+    """One training run. ``length``: padded tokens of a row; ``parameter_bytes``: of weights and activations; ``rows_per_record``:
+    2 for preference pairs; ``reference_copy``: a frozen model beside the trained one.
+    """
 
     model: ModelConfig
     lora: LoraSpec | None
@@ -30,6 +32,8 @@ class RunSizes:
     sequence_parallel: bool = False
     micro_batch_size: int = 1
     num_micro_batches: int = 1  # per replica and step
+    rows_per_record: int = 1
+    reference_copy: bool = False
     length: int = 4096
     recompute: RecomputeFlags = field(default_factory=RecomputeFlags)
     fusion: bool = True
@@ -46,7 +50,7 @@ class RunSizes:
     @property
     def micro_batch_tokens(self) -> int:
         """Padded tokens of one forward pass."""
-        return self.micro_batch_size * self.length
+        return self.micro_batch_size * self.rows_per_record * self.length
 
     @property
     def global_batch_size(self) -> int:
