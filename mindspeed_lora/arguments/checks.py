@@ -164,6 +164,11 @@ def _check_training(values: Values, sources: Sources) -> list[str]:
         notes.append("--save is absent: this run writes no checkpoint")
         if "save.save_interval" in values:
             raise UsageError(f"--save-interval {values['save.save_interval']} needs --save, the folder to write to")
+        for path in ("save.save_best", "save.save_total_limit"):
+            if path in values:
+                raise UsageError(f"{sources[path]} needs --save, the folder to write to")
+    if values.get("save.save_best") and (not values.get("eval_interval") or values.get("eval_iters") == 0):
+        raise UsageError("--save-best needs validations to compare: --eval-interval, and --eval-iters above 0")
     return notes
 
 

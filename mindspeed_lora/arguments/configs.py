@@ -150,6 +150,8 @@ class SaveFlags:
     save_optim: bool = True
     save_rng: bool = True
     lora_ckpt_filter: bool = True  # False: base and adapter together, in one checkpoint
+    save_best: bool = False  # also where the validation loss is the lowest so far
+    save_total_limit: int | None = None  # iterations that stay, the best one not counted; None: all
     tensorboard_dir: Path | None = None  # None: <save>/tensorboard
 
 

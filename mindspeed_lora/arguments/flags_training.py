@@ -305,6 +305,25 @@ SAVING = [
         unit="steps",
         default_text="at the end only",
     ),
+    active(
+        "--save-best",
+        T,
+        "saving and logging",
+        "save as well after each validation (--eval-interval) with the lowest loss so far, and name that iteration in "
+        "best_checkpointed_iteration.txt",
+        None,
+        "save.save_best",
+    ),
+    active(
+        "--save-total-limit",
+        T,
+        "saving and logging",
+        "keep so many of the newest iterations, and the best one; older ones are removed once a newer one is complete",
+        COUNT,
+        "save.save_total_limit",
+        unit="iterations",
+        default_text="all are kept",
+    ),
     active("--no-save-optim", T, "saving and logging", "save no optimizer state", None, "save.save_optim", const=False),
     active("--no-save-rng", T, "saving and logging", "save no random state", None, "save.save_rng", const=False),
     active(

@@ -34,6 +34,7 @@ from mindspeed_lora.weights.table import Row, WeightTable
 
 RESUME_FOLDER = "resume"
 STATE_FILE = "trainer_state.json"
+_LATER_FIELDS = ("best_loss", "best_iteration")  # which the first saves did not have
 _TIED = {"output_layer.weight": "embedding.word_embeddings.weight"}
 
 
@@ -87,7 +88,8 @@ class OptimizerState(Protocol):
 class TrainerState:
     """Counters of a run. ``schedule_samples`` counts successful steps only, ``optimizer_steps`` is Adam's count.
 
-    ``origin``: what the data order and the schedule were made from, compared when the run is continued.
+    ``origin``: what the data order and the schedule were made from, compared when the run is continued. ``best_loss``: the lowest
+    validation loss of --save-best, at ``best_iteration``.
     """
 
     iteration: int = 0
@@ -97,6 +99,8 @@ class TrainerState:
     skipped_samples: int = 0
     skipped_iterations: int = 0
     origin: dict[str, Any] = field(default_factory=dict)
+    best_loss: float | None = None
+    best_iteration: int | None = None
 
 
 def table_row(table: WeightTable, name: str) -> Row:
@@ -179,7 +183,8 @@ def read_trainer_state(folder: Path) -> TrainerState:
     path = Path(folder) / STATE_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return TrainerState(**{key: values[key] for key in TrainerState.__dataclass_fields__})
+        later = {key for key in _LATER_FIELDS if key not in values}
+        return TrainerState(**{key: values[key] for key in TrainerState.__dataclass_fields__ if key not in later})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: not a readable training state ({error}); pass --finetune to start from the weights at iteration 0"

@@ -26,6 +26,7 @@ import torch
 from mindspeed_lora.checkpoint.adapter_files import SavedStage, rank_models, write_peft_folder
 from mindspeed_lora.checkpoint.companions import copy_companions
 from mindspeed_lora.checkpoint.resume import RESUME_FOLDER, OptimizerState, TrainerState, write_resume
+from mindspeed_lora.checkpoint.retention import remove_old, write_best
 from mindspeed_lora.checkpoint.together import together
 from mindspeed_lora.files import fsync_path
 from mindspeed_lora.log import get_logger
@@ -60,6 +61,7 @@ class SaveTarget:
     described: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     save_optim: bool = True
     save_rng: bool = True
+    total_limit: int | None = None  # iterations that stay; None: all
 
 
 def save_checkpoint(
@@ -134,6 +136,10 @@ def _finish(target: SaveTarget, staging: Path, state: TrainerState, table: Weigh
     fsync_path(target.folder)
     write_tracker(target.folder, state.iteration)
     shutil.rmtree(staging)
+    if state.best_iteration == state.iteration:
+        write_best(target.folder, state.iteration)
+    if target.total_limit is not None:
+        remove_old(target.folder, state.iteration, target.total_limit, state.best_iteration)
 
 
 def _manifest(target: SaveTarget, folder: Path, state: TrainerState, table: WeightTable, parts: list[Part]) -> Manifest:

@@ -45,13 +45,15 @@ class Interval:
     skipped: int = 0
     tokens: int = 0
     documents: int = 0
+    data_seconds: float = 0.0
 
 
 @dataclass
 class Totals:
-    """Sums over the run, for the end report; ``seconds`` without saving and evaluating."""
+    """Sums over the run, for the end report; ``seconds`` without saving and evaluating, ``data_seconds`` of them waiting for batches."""
 
     seconds: float = 0.0
+    data_seconds: float = 0.0
     tokens: int = 0
     flops: float = 0.0
     iterations: int = 0
@@ -99,7 +101,9 @@ class Trainer:
         """All remaining iterations, then the last evaluation and save."""
         interval = Interval()
         while self.state.iteration < self.config.train_iters:
+            waiting = time.perf_counter()
             batch = next(batches)
+            interval.data_seconds += time.perf_counter() - waiting
             result = self.step(batch)
             self._count(interval, batch, result)
             if self.state.iteration % self.config.log_interval == 0 or self.state.iteration == self.config.train_iters:
@@ -117,7 +121,7 @@ class Trainer:
         iteration, every = self.state.iteration, self.config.save.save_interval
         if self.config.eval_interval and iteration % self.config.eval_interval == 0 and self.config.eval_iters > 0:
             self._evaluate()
-        if self.save is not None and every and iteration % every == 0:
+        if self.save is not None and every and iteration % every == 0 and self._saved_at != iteration:
             self._save()
         interval.started += time.perf_counter() - started
 
@@ -183,6 +187,7 @@ class Trainer:
         synchronize(self.context.device)
         seconds = time.perf_counter() - interval.started
         self.totals.seconds += seconds
+        self.totals.data_seconds += interval.data_seconds
         flops = self.parts.flops.total(interval.tokens, interval.documents)
         share = self.parts.flops.core_attention(interval.tokens, interval.documents) / flops if flops else 0.0
         report = IterationReport(
@@ -191,6 +196,7 @@ class Trainer:
             consumed_samples=self.state.consumed_samples,
             skipped_samples=self.state.skipped_samples,
             elapsed_ms=1000 * seconds / interval.iterations,
+            data_ms=1000 * interval.data_seconds / interval.iterations,
             learning_rate=self.parts.schedule.at(self.state.schedule_samples),
             global_batch_size=self.global_batch_size,
             lm_loss=sum(interval.losses) / len(interval.losses) if interval.losses else None,
@@ -219,6 +225,10 @@ class Trainer:
             record |= {f"validation_{name.replace('/', '_')}": value for name, value in metrics.items()}
             scalars = {f"{name} validation": value for name, value in {"lm loss": loss, **metrics}.items()}
             self.recorder.add(self.state.iteration, record, scalars)
+        best = self.state.best_loss
+        if self.config.save.save_best and self.save is not None and (best is None or loss < best):
+            self.state.best_loss, self.state.best_iteration = loss, self.state.iteration
+            self._save()
 
     def evaluate(self, batches: EvalBatches) -> tuple[float, dict[str, float]]:
         """Mean loss over the validation samples (per trained token, or per pair), and the objective's metrics. Collective."""

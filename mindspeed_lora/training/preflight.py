@@ -206,6 +206,9 @@ def _open_data(
         dataset = open_pair_dataset(prefix, config.data.seq_length)
         notes += dataset.notes()
     splits = split_ranges(len(dataset), config.data.split)
+    if config.save.save_best and not splits[1]:
+        shares = ",".join(f"{share:g}" for share in config.data.split)
+        raise UsageError(f"--save-best: --split {shares} leaves none of the {len(dataset)} samples for validation; use --split 95,5,0")
     tokenizer = load_tokenizer(config.tokenizer, start.base.config_dir)
     check_data_manifest(dataset.manifest, tokenizer, config.template)
     dataset.check_token_ids(model.vocab_size)

@@ -34,6 +34,7 @@ class IterationReport:
     tokens_per_second: float
     teraflops: float
     core_attention_percent: float
+    data_ms: float = 0.0  # of elapsed_ms, waiting for the batch
     metrics: Mapping[str, float] = field(default_factory=dict)  # means over the interval's steps, such as rewards/accuracies
 
     def line(self, throughput: bool, now: datetime | None = None) -> str:
@@ -67,6 +68,7 @@ class IterationReport:
             "grad-norm": self.grad_norm,
             "learning-rate": self.learning_rate,
             "iteration-time": self.elapsed_ms / 1000,
+            "data-time": self.data_ms / 1000,
             "throughput": self.teraflops,
             "tokens-per-second-per-device": self.tokens_per_second,
             **self.metrics,
@@ -84,6 +86,7 @@ class IterationReport:
             "learning_rate": self.learning_rate,
             "global_batch_size": self.global_batch_size,
             "elapsed_ms": self.elapsed_ms,
+            "data_ms": self.data_ms,
             "tokens_per_second_per_device": self.tokens_per_second,
             "teraflops_per_device": self.teraflops,
             "skipped_iterations": self.skipped_iterations,

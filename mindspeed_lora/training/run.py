@@ -244,6 +244,7 @@ def _save_target(plan: TrainingPlan, context: ParallelContext) -> SaveTarget:
         described={"tokenizer": manifest.tokenizer if manifest else None, "template": manifest.template if manifest else None},
         save_optim=save.save_optim,
         save_rng=save.save_rng,
+        total_limit=save.save_total_limit,
     )
 
 

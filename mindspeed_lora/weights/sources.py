@@ -177,7 +177,8 @@ class MegatronBase(Base):
         self.folder = MegatronFolder(path)
         self.iteration = self.folder.iteration
         self.args = self.folder.args
-        self.config_dir = next((place for place in (self.folder.iteration_dir, path) if (place / "config.json").is_file()), None)
+        places = (self.folder.iteration_dir, path, self.folder.iteration_dir.parent)  # the last: ``path`` is an iteration itself
+        self.config_dir = next((place for place in places if (place / "config.json").is_file()), None)
         self.config = model_config_from_hf(self.config_dir) if self.config_dir else None
         self.manifest = read_manifest(self.folder.iteration_dir) or read_manifest(path)
         self._index = self.folder.index()
