@@ -108,6 +108,8 @@ def test_accepted_values_are_checked(name: str, value: str, command: str, minima
         (TRAIN, "--save-best", ["--save-best needs --save"]),
         (TRAIN, "--save-total-limit 2", ["--save-total-limit needs --save"]),
         (TRAIN, "--save out --save-best", ["--save-best needs validations", "--eval-interval"]),
+        (TRAIN, "--padding-free --loss-normalization micro-batch", ["--padding-free", "leave one of them out"]),
+        (TRAIN, "--stage dpo --padding-free", ["--padding-free is for single records"]),
         (TRAIN, "--stage ray_grpo", ["--stage ray_grpo", "use sft or dpo"]),
         (TRAIN, "--is-pairwise-dataset", ["--is-pairwise-dataset belongs to --stage dpo"]),
         (TRAIN, "--stage sft --dpo-beta 0.2", ["--dpo-beta belongs to --stage dpo"]),

@@ -145,6 +145,11 @@ def _check_training(values: Values, sources: Sources) -> list[str]:
     _check_recompute(values)
     if values.get("data.neat_pack") and not values.get("data.reset_attention_mask"):
         raise UsageError("--neat-pack numbers the records of a pack for --reset-attention-mask; add --reset-attention-mask")
+    if values.get("data.padding_free") and values.get("loss_normalization") == "micro-batch":
+        raise UsageError(
+            "--padding-free puts records into micro-batches by their lengths, so that --loss-normalization micro-batch has no meaning; "
+            "leave one of them out"
+        )
     if values.pop("per_token_loss", False) and values.get("loss_normalization") == "micro-batch":
         raise UsageError("--calculate-per-token-loss and --loss-normalization micro-batch contradict each other; keep one of them")
     sources.pop("per_token_loss", None)
@@ -191,6 +196,8 @@ def _check_stage(values: Values, sources: Sources) -> None:
     for path in ("data.pack", "data.neat_pack", "data.reset_attention_mask"):
         if values.get(path):
             raise UsageError(f"{sources[path]}: preference pairs are not packed; leave it out")
+    if values.get("data.padding_free"):
+        raise UsageError("--padding-free is for single records, and --stage dpo trains on pairs; leave it out")
     if values.get("loss_normalization") == "micro-batch":
         raise UsageError(
             "--loss-normalization micro-batch: the loss of --stage dpo is the mean over the global batch's pairs; leave it out"

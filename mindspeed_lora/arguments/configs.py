@@ -103,6 +103,7 @@ class DataFlags:
     seq_length: int = 4096
     pad_to_seq_length: bool = True  # False with --no-pad-to-seq-lengths
     pad_to_multiple_of: int = 8  # tokens
+    padding_free: bool = False  # the records of a micro-batch behind one another in one row
     shuffle: bool = True
     reset_attention_mask: bool = False  # the documents of a sample do not see each other
     pack: bool = False

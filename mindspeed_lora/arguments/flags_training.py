@@ -196,6 +196,15 @@ BATCH = [
         unit="tokens",
     ),
     active(
+        "--padding-free",
+        T,
+        "batch and length",
+        "the records of a micro-batch lie behind one another in one row and do not see each other: nothing is padded, and no offline "
+        "pack is needed",
+        None,
+        "data.padding_free",
+    ),
+    active(
         "--loss-normalization",
         T,
         "batch and length",

@@ -5,12 +5,15 @@ the epochs (the peer's order); epochs follow each other without a gap. Global ba
 Inside a batch, micro-batch m of data rank d has the rows ``(m D + d) M .. (m D + d + 1) M`` (G global and M micro batch
 size, D data-parallel size), so every rank's micro-batches together are the whole batch.
 
+With ``--padding-free`` a micro-batch is one row, with M records behind one another (:mod:`mindspeed_lora.data.spreading`).
+
 Each rank reads its own rows from the memory map, and of the others only lengths and labels: padded length and token
 count need no communication.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ import torch
 
 from mindspeed_lora.data.packing import IGNORED
 from mindspeed_lora.data.sft_dataset import DocumentRule
+from mindspeed_lora.data.spreading import deal, spread
 from mindspeed_lora.errors import UsageError
 
 _NO_SAMPLE = -1  # stands in sample_ids for a row that only fills up the last evaluation batch
@@ -34,8 +38,8 @@ class StepBatch:
     ``labels`` are shifted: labels[:, i] is the target of position i, -100 where none is trained.
     """
 
-    input_ids: torch.Tensor  # [G / D, s] int64, micro-batch after micro-batch
-    labels: torch.Tensor  # [G / D, s] int64
+    input_ids: torch.Tensor  # [G / D, s] int64 (padding-free: [G / D / M, s]), micro-batch after micro-batch
+    labels: torch.Tensor  # likewise
     num_trained_tokens: int  # of the global batch
     micro_batch_trained_tokens: tuple[int, ...]  # of this rank's micro-batches
     num_real_tokens: int  # of the global batch, without padding
@@ -44,6 +48,7 @@ class StepBatch:
     cut_samples: int  # of the global batch: samples longer than seq_length, cut at the right
     micro_batch_size: int  # rows of a micro-batch
     row_trained_tokens: tuple[int, ...]  # of this rank's rows
+    columns: tuple[int, ...]  # of this rank's micro-batches: the first so many of the s columns hold all its tokens
     num_documents: int  # of the global batch: texts that see only themselves; without --reset-attention-mask the samples
     document_ends: torch.Tensor | None = None  # [G / D, n] int32: ends of each row's documents, the last one s, repeated as needed
     num_pairs: int = 0  # of the global batch: preference pairs that are trained
@@ -73,7 +78,8 @@ class BatchShape:
     """How many rows a rank takes, and how far they are padded.
 
     ``pad_multiple``: the padded length is rounded up to it (lcm of --pad-to-multiple-of and TP), unless padded to ``seq_length``.
-    ``documents``: where the documents of a sample end; None: a sample is one document.
+    ``documents``: where the documents of a sample end; None: a sample is one document. ``padding_free``: the samples of a
+    micro-batch lie in one row, however long it gets.
     """
 
     micro_batch_size: int
@@ -85,6 +91,7 @@ class BatchShape:
     pad_multiple: int
     pad_token_id: int
     documents: DocumentRule | None = None
+    padding_free: bool = False
 
     def __post_init__(self) -> None:
         rows = self.micro_batch_size * self.dp_size
@@ -95,15 +102,18 @@ class BatchShape:
             )
 
     def padded_length(self, longest: int) -> int:
-        """Columns of a batch whose longest sample has ``longest`` tokens."""
-        if self.pad_to_seq_length:
+        """Columns of rows of which the longest has ``longest`` tokens."""
+        if self.pad_to_seq_length and not self.padding_free:
             return self.seq_length
-        return -(-min(longest, self.seq_length) // self.pad_multiple) * self.pad_multiple
+        return -(-max(longest, 1) // self.pad_multiple) * self.pad_multiple
 
-    def rows(self) -> npt.NDArray[np.int64]:
-        """Row numbers in the global batch that belong to this rank."""
-        shape = (-1, self.dp_size, self.micro_batch_size)
-        return np.arange(self.global_batch_size).reshape(shape)[:, self.dp_rank].reshape(-1)
+    def rows(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Of this rank's rows, the sample numbers (in the global batch) that lie in each; ``lengths`` of all samples."""
+        size = self.micro_batch_size
+        if self.padding_free:
+            return deal(spread(lengths, self.global_batch_size // size, size), lengths, self.dp_size)[self.dp_rank]
+        numbers = np.arange(self.global_batch_size).reshape(-1, self.dp_size, size)[:, self.dp_rank].reshape(-1)
+        return [[number] for number in numbers.tolist()]
 
 
 BatchMaker = Callable[[Any, npt.NDArray[np.int64], BatchShape], StepBatch]
@@ -135,13 +145,23 @@ class StepBatches:
         prefetch: bool = True,
         documents: DocumentRule | None = None,
         make: BatchMaker | None = None,
+        padding_free: bool = False,
     ) -> None:
         if not len(indices):
             raise UsageError("--split leaves no sample for training; use --split 100,0,0 or give more data")
         self.dataset, self.make = dataset, make or make_batch
         self.order = SampleOrder(indices, seed, shuffle)
         self.shape = BatchShape(
-            micro_batch_size, global_batch_size, dp_rank, dp_size, seq_length, pad_to_seq_length, pad_multiple, pad_token_id, documents
+            micro_batch_size,
+            global_batch_size,
+            dp_rank,
+            dp_size,
+            seq_length,
+            pad_to_seq_length,
+            pad_multiple,
+            pad_token_id,
+            documents,
+            padding_free,
         )
         self.next_sample = start_sample
         self.prefetch = prefetch
@@ -245,28 +265,37 @@ def make_batch(dataset: Rows, samples: npt.NDArray[np.int64], shape: BatchShape)
     ends = [_document_ends(dataset, int(sample), int(length), shape.documents) for sample, length in zip(samples, lengths, strict=True)]
     targets = [_targets(dataset, int(sample), int(length), end) for sample, length, end in zip(samples, lengths, ends, strict=True)]
     trained = np.array([np.count_nonzero(target != IGNORED) for target in targets], np.int64)
-    rows = shape.rows()
-    columns = shape.padded_length(max(int(lengths.max()), 1))
-    input_ids = np.full((len(rows), columns), shape.pad_token_id, np.int64)
-    labels = np.full((len(rows), columns), IGNORED, np.int64)
-    for row, number in enumerate(rows):
-        sample, length = int(samples[number]), int(lengths[number])
-        if sample >= 0:
-            input_ids[row, :length] = dataset.input_ids[sample][:length]
-            labels[row, : max(length - 1, 0)] = targets[number]
+    used = [int(end[-1]) if len(end) else 0 for end in ends] if shape.padding_free else lengths.tolist()
+    rows, size = shape.rows(used), 1 if shape.padding_free else shape.micro_batch_size
+    row_lengths = [sum(used[number] for number in row) for row in rows]
+    columns = tuple(shape.padded_length(max(row_lengths[start : start + size])) for start in range(0, len(rows), size))
+    width = max(columns) if shape.padding_free else shape.padded_length(int(lengths.max()))
+    input_ids = np.full((len(rows), width), shape.pad_token_id, np.int64)
+    labels = np.full((len(rows), width), IGNORED, np.int64)
+    row_ends = []
+    for row, numbers in enumerate(rows):
+        starts = [0, *itertools.accumulate(used[number] for number in numbers)]
+        for number, start in zip(numbers, starts, strict=False):
+            length = used[number]
+            if length:
+                input_ids[row, start : start + length] = dataset.input_ids[int(samples[number])][:length]
+                labels[row, start : start + length - 1] = targets[number][: length - 1]
+        row_ends.append(np.concatenate([ends[number] + start for number, start in zip(numbers, starts, strict=False)]).astype(np.int32))
+    row_trained = [sum(int(trained[number]) for number in row) for row in rows]
     return StepBatch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         num_trained_tokens=int(trained.sum()),
-        micro_batch_trained_tokens=tuple(int(count) for count in trained[rows].reshape(-1, shape.micro_batch_size).sum(1)),
+        micro_batch_trained_tokens=tuple(sum(row_trained[start : start + size]) for start in range(0, len(rows), size)),
         num_real_tokens=sum(int(end[-1]) for end in ends if len(end)),
         sample_ids=tuple(int(sample) for sample in samples),
         skipped_samples=int((real & (trained == 0)).sum()),
         cut_samples=int((full_lengths > shape.seq_length).sum()),
-        micro_batch_size=shape.micro_batch_size,
-        row_trained_tokens=tuple(trained[rows].tolist()),
+        micro_batch_size=size,
+        row_trained_tokens=tuple(row_trained),
+        columns=columns,
         num_documents=sum(len(end) for end in ends),
-        document_ends=None if shape.documents is None else _ends_tensor([ends[number] for number in rows], columns),
+        document_ends=_ends_tensor(row_ends, width) if shape.documents is not None or shape.padding_free else None,
     )
 
 

@@ -77,8 +77,14 @@ def _stage_inputs(labels: torch.Tensor, row_weights: torch.Tensor, document_ends
     return inputs if document_ends is None else {**inputs, "document_ends": document_ends}
 
 
-def _take(inputs: Inputs, rows: slice) -> Inputs:
-    return {name: tensor[rows] for name, tensor in inputs.items()}
+def _take(inputs: Inputs, rows: slice, columns: int | None = None) -> Inputs:
+    """The rows' inputs, for the first ``columns`` positions of them."""
+    taken = {name: tensor[rows] for name, tensor in inputs.items()}
+    if columns is not None:
+        taken["labels"] = taken["labels"][:, :columns]
+        if "document_ends" in taken:
+            taken["document_ends"] = taken["document_ends"].clamp(max=columns)
+    return taken
 
 
 class PipelineRunner:
@@ -115,6 +121,7 @@ class PipelineRunner:
         micro_batch_size: int,
         document_ends: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
+        columns: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Accumulate gradients of the loss over the replica's rows: with the default loss, ``sum(row_weights * -log p)``.
 
@@ -123,6 +130,8 @@ class PipelineRunner:
             row_weights: float32 ``[m * micro_batch_size]``.
             document_ends: int32 CPU ``[m * micro_batch_size, documents]``, see the stage; None: a row is one document.
             targets: float32 ``[m * micro_batch_size, ...]``, for the loss; only the last stage's are used.
+            columns: of each micro-batch, how many of its s columns hold all its tokens; the others are left out where the schedule
+                takes micro-batches of different lengths (on one stage).
 
         Returns:
             The rows' losses (weighted sums of -log p) float32 ``[m * micro_batch_size]`` on the last stage, 0 elsewhere.
@@ -130,7 +139,7 @@ class PipelineRunner:
         inputs = _stage_inputs(labels, row_weights, document_ends)
         targets = row_weights if targets is None else targets
         if self.context.pp_size == 1:
-            return self._accumulate(ids, inputs, targets, micro_batch_size)
+            return self._accumulate(ids, inputs, targets, micro_batch_size, columns)
         if not library_schedules_work(self.context):
             return fill_drain(self.stages, self.context, ids, inputs, micro_batch_size, self.loss, targets)
         losses = []
@@ -143,11 +152,14 @@ class PipelineRunner:
             losses.append(self._step(ids[rows], _take(inputs, rows), targets[rows], micro_batch_size, size))
         return torch.cat(losses)
 
-    def _accumulate(self, ids: torch.Tensor, inputs: Inputs, targets: torch.Tensor, micro_batch_size: int) -> torch.Tensor:
+    def _accumulate(
+        self, ids: torch.Tensor, inputs: Inputs, targets: torch.Tensor, micro_batch_size: int, columns: Sequence[int] | None
+    ) -> torch.Tensor:
         losses = []
-        for start in range(0, ids.shape[0], micro_batch_size):
+        for number, start in enumerate(range(0, ids.shape[0], micro_batch_size)):
             rows = slice(start, start + micro_batch_size)
-            output = self.stages[0](ids[rows], **_take(inputs, rows))
+            used = ids.shape[1] if columns is None else columns[number]
+            output = self.stages[0](ids[rows, :used], **_take(inputs, rows, used))
             self.loss(output, targets[rows]).backward()
             losses.append(output.detach())
         return torch.cat(losses)
@@ -205,13 +217,15 @@ class PipelineRunner:
         row_weights: torch.Tensor,
         micro_batch_size: int,
         document_ends: torch.Tensor | None = None,
+        columns: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """What :meth:`forward_backward` returns, without gradients."""
         inputs = _stage_inputs(labels, row_weights, document_ends)
         losses = torch.zeros(ids.shape[0], dtype=torch.float32, device=self.context.device)
-        for start in range(0, ids.shape[0], micro_batch_size):
+        for number, start in enumerate(range(0, ids.shape[0], micro_batch_size)):
             rows = slice(start, start + micro_batch_size)
-            output = forward_through_stages(self.stages, self.context, ids[rows], **_take(inputs, rows))
+            used = ids.shape[1] if columns is None else columns[number]
+            output = forward_through_stages(self.stages, self.context, ids[rows, :used], **_take(inputs, rows, used))
             if output is not None:
                 losses[rows] = output
         return losses

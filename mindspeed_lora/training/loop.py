@@ -162,7 +162,10 @@ class Trainer:
         parts = self.parts
         inputs = parts.objective.inputs(batch, evaluating=not training)
         rows = (inputs.ids, inputs.labels, inputs.weights, inputs.micro_batch_size, batch.document_ends)
-        losses = parts.runner.forward_backward(*rows, targets=inputs.targets) if training else parts.runner.row_losses(*rows)
+        if training:
+            losses = parts.runner.forward_backward(*rows, targets=inputs.targets, columns=batch.columns)
+        else:
+            losses = parts.runner.row_losses(*rows, columns=batch.columns)
         means = torch.zeros(1 + len(parts.objective.metrics), dtype=torch.float32, device=self.context.device)
         if self.context.is_last_stage and self.context.tp_rank == 0:
             means += parts.objective.values(losses, inputs)

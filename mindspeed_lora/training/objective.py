@@ -106,7 +106,9 @@ class PairLoss:
         device = self.context.device
         ids, labels = batch.input_ids.to(device), batch.labels.to(device)
         ones = torch.ones(ids.shape[0], dtype=torch.float32, device=device)
-        known = torch.zeros_like(ones) if self.reference is None else self.reference.row_losses(ids, labels, ones, batch.micro_batch_size)
+        known = torch.zeros_like(ones)
+        if self.reference is not None:
+            known = self.reference.row_losses(ids, labels, ones, batch.micro_batch_size, batch.columns)
         tokens = torch.tensor(batch.row_trained_tokens, dtype=torch.float32, device=device)
         targets = torch.stack([known, tokens, ones / max(batch.num_pairs, 1)], dim=1)
         return RowInputs(ids, labels, ones, targets, batch.micro_batch_size)

@@ -31,12 +31,14 @@ class Reference:
     runner: PipelineRunner
     shared: Sequence[GPTStage] | None
 
-    def row_losses(self, ids: torch.Tensor, labels: torch.Tensor, row_weights: torch.Tensor, micro_batch_size: int) -> torch.Tensor:
+    def row_losses(
+        self, ids: torch.Tensor, labels: torch.Tensor, row_weights: torch.Tensor, micro_batch_size: int, columns: Sequence[int]
+    ) -> torch.Tensor:
         """As :meth:`mindspeed_lora.parallel.pipeline.PipelineRunner.row_losses`, of the reference."""
         from mindspeed_lora.lora.layers import as_reference
 
         with as_reference(self.shared) if self.shared is not None else nullcontext():
-            return self.runner.row_losses(ids, labels, row_weights, micro_batch_size)
+            return self.runner.row_losses(ids, labels, row_weights, micro_batch_size, columns=columns)
 
 
 def build_reference(

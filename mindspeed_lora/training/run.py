@@ -167,6 +167,7 @@ def training_batches(plan: TrainingPlan, context: ParallelContext) -> StepBatche
         start_sample=plan.state.consumed_samples,
         documents=plan.documents,
         make=_batch_maker(plan),
+        padding_free=data.padding_free,
     )
 
 
@@ -188,6 +189,7 @@ def _validation_batches(plan: TrainingPlan, context: ParallelContext) -> EvalBat
         plan.pad_multiple,
         plan.pad_token_id,
         plan.documents,
+        data.padding_free,
     )
     return EvalBatches(plan.dataset, plan.splits[1], shape, plan.config.eval_iters, _batch_maker(plan))
 
