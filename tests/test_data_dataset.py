@@ -52,13 +52,6 @@ def test_index_layout(tmp_path: Path) -> None:
     assert read.document_boundaries.tolist() == [0, 1, 1, 1, 3, 3]
 
 
-def test_equal_to_megatrons_reader_where_installed(tmp_path: Path) -> None:
-    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    write(tmp_path / "p")
-    theirs = indexed.IndexedDataset(str(key_stem(tmp_path / "p", "labels")))
-    assert [theirs[i].tolist() for i in range(len(theirs))] == list(ROWS)
-
-
 @given(st.lists(st.lists(st.integers(-100, 2**31 - 1), max_size=9), max_size=9))
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[list[int]]) -> None:
     stem = tmp_path_factory.mktemp("round") / "x"

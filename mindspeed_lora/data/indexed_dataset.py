@@ -13,6 +13,8 @@ Source: the file layout of Megatron core r0.12 (``megatron/core/datasets/indexed
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -35,28 +37,31 @@ _DTYPES: dict[int, type[np.generic]] = {
     7: np.float32,
     8: np.uint16,
 }
+_SPOOL_BYTES = 1 << 22  # a multiple of the size of every number in an index
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class IndexedDatasetBuilder:
-    """Write ``<stem>.bin`` as sequences come and ``<stem>.idx`` at :meth:`finish`; a context manager that closes the file.
+    """Write ``<stem>.bin`` as sequences come and ``<stem>.idx`` at :meth:`finish`; a context manager that closes the files.
 
-    The caller writes to a temporary place and renames: see ``data/preprocess.py``.
+    Memory does not grow: the lengths and the documents wait in files beside them until :meth:`finish`, which removes those.
+    The caller writes to a temporary place and renames: see ``data/staging.py``.
     """
 
     def __init__(self, stem: Path, dtype: type[np.generic] = np.int32) -> None:
         self.stem = Path(stem)
         self.dtype = dtype
-        self._file: BinaryIO = bin_path(self.stem).open("wb")
-        self._lengths: list[npt.NDArray[np.int32]] = []
-        self._boundaries: list[npt.NDArray[np.int64]] = [np.zeros(1, np.int64)]
-        self._num_sequences = 0
+        self._spools = {part: self.stem.with_name(f"{self.stem.name}.{part}.tmp") for part in ("lengths", "documents")}
+        self._files: list[BinaryIO] = [path.open("wb") for path in (bin_path(self.stem), *self._spools.values())]
+        self._num_sequences = self._num_documents = 0
 
     def __enter__(self) -> IndexedDatasetBuilder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        with ExitStack() as stack:  # closes all, even where flushing one fails on a full disk
+            for file in self._files:
+                stack.callback(file.close)
 
     def add_document(self, ids: npt.ArrayLike) -> None:
         """Append one document of one sequence."""
@@ -73,24 +78,37 @@ class IndexedDatasetBuilder:
         ids = np.ascontiguousarray(ids, self.dtype)
         if int(lengths.sum(dtype=np.int64)) != ids.size:
             raise ValueError(f"lengths sum to {lengths.sum(dtype=np.int64)}, but there are {ids.size} ids")
-        self._file.write(ids.tobytes())
-        self._lengths.append(lengths)
-        self._boundaries.append(self._num_sequences + np.cumsum(sequences_per_document, dtype=np.int64))
+        ends = self._num_sequences + np.cumsum(sequences_per_document, dtype=np.int64)
+        for file, values in zip(self._files, (ids, lengths, ends), strict=True):
+            file.write(values.tobytes())
         self._num_sequences += len(lengths)
+        self._num_documents += len(ends)
 
     def finish(self) -> None:
         """Close the ``.bin`` and write the ``.idx``."""
-        self._file.close()
-        lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, np.int32)
-        boundaries = np.concatenate(self._boundaries)
-        offsets = np.zeros(len(lengths), np.int64)
-        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
-        offsets *= np.dtype(self.dtype).itemsize
+        for file in self._files:
+            file.close()
         with idx_path(self.stem).open("wb") as file:
-            file.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(lengths), len(boundaries)))
-            file.write(lengths.tobytes())
-            file.write(offsets.tobytes())
-            file.write(boundaries.tobytes())
+            file.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], self._num_sequences, self._num_documents + 1))
+            for lengths in self._spooled("lengths", np.int32):
+                file.write(lengths.tobytes())
+            start = 0
+            for lengths in self._spooled("lengths", np.int32):
+                ends = start + np.cumsum(lengths, dtype=np.int64)
+                offsets = np.concatenate([[start], ends[:-1]]) * np.dtype(self.dtype).itemsize
+                file.write(offsets.tobytes())
+                start = int(ends[-1])
+            file.write(np.zeros(1, np.int64).tobytes())
+            for documents in self._spooled("documents", np.int64):
+                file.write(documents.tobytes())
+        for path in self._spools.values():
+            path.unlink()
+
+    def _spooled(self, part: str, dtype: type[np.generic]) -> Iterator[npt.NDArray[np.generic]]:
+        """What waits in a file, a piece at a time."""
+        with self._spools[part].open("rb") as file:
+            while piece := file.read(_SPOOL_BYTES):
+                yield np.frombuffer(piece, dtype)
 
 
 class IndexedDataset:

@@ -73,8 +73,8 @@ class _Window:
                     self._at = min(error.pos, len(self._text))
                     self.fail(error.msg)
                 continue
-            if end == len(self._text) and isinstance(value, int | float) and self._read_more():
-                continue  # a number may go on
+            if isinstance(value, int | float) and len(self._text) - end < _LONGEST_CUT and self._read_more():
+                continue  # a number may go on: 1, then .5 or e+3
             self._at = end
             return value
 
