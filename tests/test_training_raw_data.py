@@ -208,3 +208,17 @@ def test_torchrun_preprocesses_once(workspace: Path, tmp_path: Path) -> None:
     (folder,) = (tmp_path / "data_cache").iterdir()
     (board,) = (tmp_path / f"mindspeed_lora-{os.getuid()}").iterdir()
     assert json.loads(board.read_text())["prefix"] == str(folder / "data")
+
+
+def test_the_log_begins_with_a_sample_as_the_model_sees_it(
+    workspace: Path, tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan(workspace, tmp_path)
+    lines = [record.getMessage() for record in log.records]
+    start = next(number for number, line in enumerate(lines) if line.startswith("first sample of"))
+    assert lines[start + 1].startswith("sample 0: ") and lines[start + 1].endswith("ends with the stop token <|im_end|>")
+    assert lines[start + 2] == "  <|im_start|>user" and any(line.startswith("  ⟦word") for line in lines[start:])
+    log.clear()
+    logging.getLogger("mindspeed_lora").setLevel(logging.WARNING)  # as on another rank
+    plan(workspace, tmp_path)
+    assert not log.records

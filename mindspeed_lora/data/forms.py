@@ -20,6 +20,7 @@ from mindspeed_lora.data.cutting import Pair, cut_turns
 from mindspeed_lora.data.packing import IGNORED
 from mindspeed_lora.data.records import AlpacaColumns, Columns, Conversation, ConversationColumns, SharegptColumns
 from mindspeed_lora.data.rendering import ConversationTemplate, Element, ElementEncoder
+from mindspeed_lora.data.sft_dataset import PAIR_KEYS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,7 +156,7 @@ class PairwiseForm(Form):
     """A chosen and a rejected answer a row, each after the prompt; neither is cut, and earlier answers are not trained."""
 
     name = "pairwise"
-    values = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
+    values = PAIR_KEYS
     masked = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:

@@ -20,7 +20,7 @@ from mindspeed_lora.data.encoding import EncodedChunk, RecordEncoder, encode_chu
 from mindspeed_lora.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder, bin_path, idx_path
 from mindspeed_lora.data.merging import merge_pairs
 from mindspeed_lora.data.packing import NEAT_PACK, PACK, fill_bags, packed_samples
-from mindspeed_lora.data.planning import COMMAND_LINE, FlagNames, Plan, make_plan
+from mindspeed_lora.data.planning import COMMAND_LINE, FlagNames, Plan, chosen_handler, make_plan
 from mindspeed_lora.data.preview import LEGEND, preview_lines
 from mindspeed_lora.data.report import PreprocessReport
 from mindspeed_lora.data.sft_dataset import manifest_name
@@ -31,6 +31,7 @@ from mindspeed_lora.log import get_logger
 from mindspeed_lora.manifest import Manifest, part_of, write_manifest
 
 CHUNK_RECORDS = 500
+TRAINED_FORMS = ("instruction", "pairwise")  # what posttrain_gpt.py reads
 
 
 def preprocess(config: PreprocessConfig) -> int:
@@ -43,7 +44,8 @@ def preprocess(config: PreprocessConfig) -> int:
         logger = get_logger()
         for line in write_dataset(config).lines():
             logger.info(line)
-        logger.info(f"next: posttrain_gpt.py ... --data-path {config.output_prefix}")
+        if chosen_handler(config)[1].form.name in TRAINED_FORMS:
+            logger.info(f"next: posttrain_gpt.py ... --data-path {config.output_prefix}")
     return 0
 
 

@@ -11,20 +11,29 @@ record 1: 21 tokens, 5 trained; ends with the stop token <|im_end|>
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from mindspeed_lora.data.packing import IGNORED
+from mindspeed_lora.arguments.configs import TemplateFlags
+from mindspeed_lora.data.chat_template import open_template
+from mindspeed_lora.data.indexed_dataset import IndexedDataset
+from mindspeed_lora.data.packing import IGNORED, without_padding
+from mindspeed_lora.data.sft_dataset import key_stem
+from mindspeed_lora.data.tokenizer import pad_token_id
+from mindspeed_lora.log import get_logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OPEN, CLOSE = "⟦", "⟧"
 LEGEND = f"{OPEN}text{CLOSE} is trained, the rest is only read"
+LOGGED_TOKENS = 300  # of the sample in the log of a run
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
 _INDENT = "  "
 
@@ -92,3 +101,20 @@ def _marked(
             if stop > begin:
                 text = tokenizer.decode(ids[begin:stop].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
                 yield f"{start}{text}{end}" if trained[begin] else str(text)
+
+
+def log_first_sample(prefix: Path, keys: Sequence[str], sample: int, tokenizer: PreTrainedTokenizerBase, flags: TemplateFlags) -> None:
+    """Show one sample of prepared data in the log of rank 0, its middle left out where it is long."""
+    logger = get_logger()
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    values = {key: IndexedDataset(key_stem(prefix, key))[sample] for key in keys}
+    if "input_ids" in values:  # the padding of a pack says nothing
+        end = without_padding(values["input_ids"], values["labels"], pad_token_id(tokenizer))
+        values = {key: ids[:end] for key, ids in values.items()}
+    stops = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
+    if flags.prompt_type is not None or flags.hf_chat_template:
+        stops.update(open_template(flags, tokenizer).stop_token_ids(tokenizer))
+    logger.info(f"first sample of {prefix}, as the model sees it ({LEGEND}):")
+    for line in preview_lines(f"sample {sample}", values, tokenizer, stops, LOGGED_TOKENS):
+        logger.info(line)

@@ -15,8 +15,9 @@ from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, 
 from mindspeed_lora.checkpoint.resume import TrainerState, read_trainer_state
 from mindspeed_lora.checkpoint.start import StartPoint, check_save_folder, find_start
 from mindspeed_lora.data.pairs import PairDataset, open_pair_dataset
+from mindspeed_lora.data.preview import log_first_sample
 from mindspeed_lora.data.raw import cache_root, is_raw_data, prepare_raw_data, unused_raw_flags
-from mindspeed_lora.data.sft_dataset import DocumentRule, SFTDataset, check_data_manifest, open_sft_dataset, split_ranges
+from mindspeed_lora.data.sft_dataset import KEYS, PAIR_KEYS, DocumentRule, SFTDataset, check_data_manifest, open_sft_dataset, split_ranges
 from mindspeed_lora.data.tokenizer import load_tokenizer, pad_token_id
 from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.parallel.context import data_parallel_size
@@ -212,6 +213,7 @@ def _open_data(
     tokenizer = load_tokenizer(config.tokenizer, start.base.config_dir)
     check_data_manifest(dataset.manifest, tokenizer, config.template)
     dataset.check_token_ids(model.vocab_size)
+    log_first_sample(dataset.prefix, PAIR_KEYS if isinstance(dataset, PairDataset) else KEYS, splits[0][0], tokenizer, config.template)
     return dataset, splits, tokenizer
 
 
