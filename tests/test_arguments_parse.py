@@ -141,7 +141,7 @@ def test_the_other_commands_become_their_configs() -> None:
     assert isinstance(infer, InferenceConfig) and infer.tasks == ("greedy",) and infer.prompts == ("Who are you?", "And I?")
     assert infer.max_new_tokens == 256 and infer.add_eos_token == ("<|im_end|>",) and infer.use_kv_cache
     score, _ = parse(EVALUATE, LINES[EVALUATE].split())
-    assert isinstance(score, EvaluationConfig) and score.tasks == ("mmlu",) and score.task_data_path == Path("mmlu/test")
+    assert isinstance(score, EvaluationConfig) and score.tasks == ("mmlu",) and score.task_data_path == (Path("mmlu/test"),)
 
 
 def test_lora_load_alone_leaves_all_values_to_the_adapter() -> None:

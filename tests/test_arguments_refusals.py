@@ -24,7 +24,7 @@ def minimal(tmp_path: Path) -> dict[str, list[str]]:
         PREPROCESS: f"--input {here}/in.jsonl --output-prefix {here}/out/x --tokenizer-name-or-path {here}".split(),
         TRAIN: f"--load {here} --data-path {here}/x --train-iters 10".split(),
         INFER: f"--load {here}".split(),
-        EVALUATE: f"--load {here} --task mmlu --task-data-path {here}".split(),
+        EVALUATE: f"--load {here} --task mmlu".split(),
     }
 
 
@@ -160,8 +160,10 @@ def test_accepted_values_are_checked(name: str, value: str, command: str, minima
         (INFER, "--hf-chat-template --prompt-type qwen3", ["contradict"]),
         (EVALUATE, "--hf-chat-template --no-chat-template", ["contradict"]),
         (EVALUATE, "--hf-chat-template --prompt-type qwen3", ["contradict"]),
-        (EVALUATE, "--task gsm8k", ["--task gsm8k", "later release"]),
-        (EVALUATE, "--task hearsay", ["--task hearsay", "mmlu"]),
+        (EVALUATE, "--task needlebench", ["--task needlebench", "no such task"]),
+        (EVALUATE, "--compare-base", ["--compare-base", "--lora-load"]),
+        (EVALUATE, "--eval-language fr", ["--eval-language fr", "use en or zh"]),
+        (EVALUATE, "--chain-of-thought", ["--chain-of-thought", "bbh_fewshot"]),
         (CONVERT, "--num-layer-list 1,x", ["--num-layer-list 1,x", "with commas between them"]),
         (CONVERT, "--save-model-type hf --target-tensor-parallel-size 2", ["--target-tensor-parallel-size 2 with --save-model-type hf"]),
         (CONVERT, "--save-model-type hf --target-pipeline-parallel-size 2", ["--target-pipeline-parallel-size 2"]),

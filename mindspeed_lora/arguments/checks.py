@@ -27,15 +27,17 @@ _LOSSES_OF = {
 def check_paths(given: Iterable[tuple[Flag, Any]]) -> None:
     """Raise UsageError where a path that must exist does not, or is of the other kind."""
     for flag, value in given:
-        if not flag.must_exist:
-            continue
-        path = Path(value)
-        if not path.exists():
-            raise UsageError(f"{flag.name} {path}: there is nothing at this path{_nearest_parent(path)}; give an existing {_kind(flag)}")
-        if flag.must_exist == "folder" and not path.is_dir():
-            raise UsageError(f"{flag.name} {path}: this is a file; give the folder that holds it ({path.parent})")
-        if flag.must_exist == "file" and not path.is_file():
-            raise UsageError(f"{flag.name} {path}: this is a folder; give a file")
+        for path in (value if isinstance(value, tuple) else (value,)) if flag.must_exist else ():
+            _check_path(flag, Path(path))
+
+
+def _check_path(flag: Flag, path: Path) -> None:
+    if not path.exists():
+        raise UsageError(f"{flag.name} {path}: there is nothing at this path{_nearest_parent(path)}; give an existing {_kind(flag)}")
+    if flag.must_exist == "folder" and not path.is_dir():
+        raise UsageError(f"{flag.name} {path}: this is a file; give the folder that holds it ({path.parent})")
+    if flag.must_exist == "file" and not path.is_file():
+        raise UsageError(f"{flag.name} {path}: this is a folder; give a file")
 
 
 def _kind(flag: Flag) -> str:
@@ -67,6 +69,8 @@ def check_values(command: str, values: Values, sources: Sources) -> list[str]:
         notes += _check_training(values, sources)
     if values.get("template.hf_chat_template") and "template.prompt_type" in values:
         raise UsageError("--hf-chat-template and --prompt-type contradict each other; keep one of them")
+    if values.get("compare_base") and "load.lora_load" not in values and not _holds_adapter(values.get("load.load")):
+        raise UsageError("--compare-base: there is no adapter to compare with the base; pass --lora-load")
     if command == CONVERT:
         _check_conversion(values, sources)
     if command == PREPROCESS:

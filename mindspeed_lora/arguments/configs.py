@@ -237,7 +237,7 @@ class EvaluationConfig:
     tokenizer: TokenizerFlags
     template: TemplateFlags
     tasks: tuple[str, ...]
-    task_data_path: Path
+    task_data_path: tuple[Path, ...] = ()  # one for all tasks, or one each; none: tasks of lm_eval's from the cache
     architecture: ArchitectureFlags = field(default_factory=ArchitectureFlags)
     lora: LoraFlags | None = None
     num_fewshot: int | None = None  # None: the task's usual number (mmlu: 5)
@@ -245,6 +245,9 @@ class EvaluationConfig:
     evaluation_batch_size: int | None = None  # rows; None: as many as fit by our estimate
     max_new_tokens: int | None = None
     output_path: Path | None = None  # folder of results; None: evaluation_results/<checkpoint>-<time>
+    log_samples: bool = False  # one jsonl of items per task
+    compare_base: bool = False  # score the base as well, and test the difference
+    confirm_run_unsafe_code: bool = False  # run programs that the model wrote
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from mindspeed_lora.errors import UsageError
 from mindspeed_lora.evaluation.batching import BatchRule
 from mindspeed_lora.evaluation.replicas import Replicas
 from mindspeed_lora.evaluation.scoring import RowScores, answers_of, make_batches, plan_rows, score_batches
+from mindspeed_lora.inference.channel import RankDied
 from mindspeed_lora.inference.generator import Limits, ParallelCausalLM, Strategy, generate
 from mindspeed_lora.inference.prompts import PromptFormat
 from mindspeed_lora.log import get_logger
@@ -63,13 +64,19 @@ def work_handlers(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> dict[st
             criteria = [StopTexts(tokenizer, batch.until, max(map(len, batch.prompts)))] if batch.until else []
             yield generate(model, batch.prompts, batch.strategy, batch.limits, criteria=criteria)
 
-    return {"score": lambda batches: score_batches(engine, batches), "generate": continue_batches}
+    def use_adapter(choices: Sequence[bool]) -> Iterator[None]:
+        for choice in choices:
+            engine.use_adapter(engine.adapters[0] if choice else None)
+            yield
+
+    return {"score": lambda batches: score_batches(engine, batches), "generate": continue_batches, "adapter": use_adapter}
 
 
 class ParallelLM(TemplateLM):
     """Tokenises as lm_eval's own transformers backend does, so that scores agree with it item by item.
 
-    ``answers`` holds what has been answered so far, by :func:`request_key`, and outlives an interruption.
+    ``answers`` holds what has been answered so far, by :func:`request_key`. An interruption, or the death of a rank, ends no method: it
+    is kept in ``stopped_by``, and what was not answered is filled in so that lm_eval can count what was.
     """
 
     def __init__(
@@ -87,9 +94,27 @@ class ParallelLM(TemplateLM):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.answers: dict[RequestKey, Any] = {}
+        self.stopped_by: BaseException | None = None
         self._replicas, self._prompt_format, self._stop_ids = replicas, prompt_format, stop_ids
         self._rule, self._progress_out, self._max_new_tokens = rule, progress_out, max_new_tokens
         self._last_context: tuple[str, list[int]] = ("", [])
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether answers are missing."""
+        return self.stopped_by is not None
+
+    def use_adapter(self, choice: bool) -> None:
+        """On every replica: with the adapter, or the base alone."""
+        self._replicas.map("adapter", [choice] * self._replicas.size, lambda index, result: None)
+
+    def _map(self, kind: str, batches: Sequence[Any], take: Callable[[int, Any], None]) -> None:
+        if self.interrupted:
+            return
+        try:
+            self._replicas.map(kind, batches, take)
+        except (KeyboardInterrupt, RankDied) as error:
+            self.stopped_by = error
 
     @property
     def eot_token_id(self) -> int:
@@ -171,7 +196,7 @@ class ParallelLM(TemplateLM):
                         self.answers[keys[request]] = answer
                 bar.update(len(scores))
 
-            self._replicas.map("score", batches, take)
+            self._map("score", batches, take)
         return answers
 
     def _warn_of_cut(self, num_cut: int, count: int) -> None:
@@ -196,7 +221,8 @@ class ParallelLM(TemplateLM):
         totals = [0.0] * len(requests)
         for owner, (log_likelihood, _) in zip(owners, self._score(pairs), strict=True):
             totals[owner] += log_likelihood
-        self.answers.update({request_key(request): total for request, total in zip(requests, totals, strict=True)})
+        if not self.interrupted:  # a window may be missing anywhere
+            self.answers.update({request_key(request): total for request, total in zip(requests, totals, strict=True)})
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -222,7 +248,7 @@ class ParallelLM(TemplateLM):
                     self.answers[request_key(requests[index])] = texts[index]
                 bar.update(len(answers))
 
-            self._replicas.map("generate", batches, take)
+            self._map("generate", batches, take)
         return texts
 
     def _goes_with(self, batch: GenerateBatch, other: GenerateBatch) -> bool:

@@ -1,42 +1,50 @@
-"""``evaluation.py``: scores the base, or base and unmerged adapter, at the layout it was trained in, through lm_eval."""
+"""``evaluation.py``: scores the base, or base and unmerged adapter, at the layout it was trained in, through lm_eval.
+
+```
+first rank: prepare_jobs -> every rank: open_session -> lead -> first driver: score each job, print, write
+                                                               other drivers: follow; workers: serve
+```
+"""
 
 from __future__ import annotations
 
 import functools
-import io
-import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from mindspeed_lora.arguments.configs import EvaluationConfig
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.evaluation.batching import BatchRule, Room, measure_room
-from mindspeed_lora.evaluation.results import check_output, score_line, subject_scores, table, write_results
-from mindspeed_lora.evaluation.tasks_mmlu import mmlu_tasks
+from mindspeed_lora.evaluation.interrupt import interruptible
+from mindspeed_lora.evaluation.jobs import FEWSHOT_SEED, Job, JobResult, prepare_jobs, run_job
+from mindspeed_lora.evaluation.results import (
+    BASE_RESULTS_NAME,
+    RESULTS_NAME,
+    check_output,
+    compare_results,
+    comparison_line,
+    other_metrics,
+    results_content,
+    score_line,
+    table,
+    total,
+    write_results,
+    write_samples,
+)
+from mindspeed_lora.evaluation.statistics import Comparison
 from mindspeed_lora.inference.channel import StoppedElsewhere
 from mindspeed_lora.inference.session import Session, lead, open_session
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.parallel.collectives import gather_objects
 
 if TYPE_CHECKING:
+    from mindspeed_lora.evaluation.lm import ParallelLM
     from mindspeed_lora.inference.engine import Engine
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A value of ``--task``: how its files become lm_eval tasks, and whether the model writes or only ranks answers."""
-
-    load: Callable[[Path, int | None], list[dict[str, Any]]]
-    generates: bool = False
-
-
-BENCHMARKS = {"mmlu": Benchmark(mmlu_tasks)}
 
 
 def evaluate(config: EvaluationConfig) -> int:
@@ -47,21 +55,19 @@ def evaluate(config: EvaluationConfig) -> int:
 
     Raises:
         MindSpeedLoraError: on the rank that met the error.
+        KeyboardInterrupt: interrupted; what was scored until then is printed and written.
     """
-    tasks: dict[str, list[dict[str, Any]]] = {}
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before lm_eval and datasets are imported: nothing is downloaded
+    jobs: list[Job] = []
     try:
-        session = open_session(config, all_replicas=True, prepare=lambda: tasks.update(_prepare(config)))
+        session = open_session(config, all_replicas=True, prepare=lambda: jobs.extend(_prepare(config)))
     except StoppedElsewhere as stopped:
         return stopped.exit_code
     rule = _batch_rule(config, session)
-    return lead(session, lambda engine: _work(config, session, engine, tasks, rule))
+    return lead(session, lambda engine: _work(config, session, engine, jobs, rule))
 
 
-def _prepare(config: EvaluationConfig) -> dict[str, list[dict[str, Any]]]:
-    """First rank, before anything heavy: check the values and read the benchmarks' files."""
-    unknown = [task for task in config.tasks if task not in BENCHMARKS]
-    if unknown or not config.tasks:
-        raise UsageError(f"--task {' '.join(unknown) or 'is missing'}: not supported yet; use {', '.join(BENCHMARKS)}")
+def _prepare(config: EvaluationConfig) -> list[Job]:
     for flag, value, least in (
         ("--max-eval-samples", config.max_eval_samples, 1),
         ("--evaluation-batch-size", config.evaluation_batch_size, 1),
@@ -70,10 +76,7 @@ def _prepare(config: EvaluationConfig) -> dict[str, list[dict[str, Any]]]:
         if value is not None and value < least:
             raise UsageError(f"{flag} {value} must be at least {least}")
     check_output(config.output_path)
-    for task in config.tasks:
-        if config.max_new_tokens is not None and not BENCHMARKS[task].generates:
-            get_logger().info(f"note: --max-new-tokens has no effect on {task}: it compares log-likelihoods and generates nothing")
-    return {task: BENCHMARKS[task].load(config.task_data_path, config.num_fewshot) for task in config.tasks}
+    return prepare_jobs(config)
 
 
 def _batch_rule(config: EvaluationConfig, session: Session) -> BatchRule:
@@ -85,74 +88,112 @@ def _batch_rule(config: EvaluationConfig, session: Session) -> BatchRule:
     return BatchRule(config.evaluation_batch_size, functools.reduce(Room.common, rooms))
 
 
-def _work(config: EvaluationConfig, session: Session, engine: Engine, tasks: dict[str, list[dict[str, Any]]], rule: BatchRule) -> None:
+def _work(config: EvaluationConfig, session: Session, engine: Engine, jobs: list[Job], rule: BatchRule) -> None:
     """Driver of each replica: the first runs the benchmarks, the others do their share of the rows."""
     from mindspeed_lora.evaluation.lm import ParallelLM, work_handlers
     from mindspeed_lora.evaluation.replicas import Replicas
 
+    if config.compare_base and not engine.adapters:
+        raise UsageError("--compare-base: there is no adapter to compare with the base; pass --lora-load")
     context = session.context
-    replicas = Replicas(work_handlers(engine, session.tokenizer), session.channels.drivers, context.dp_rank, context.dp_size)
+    handlers: dict[str, Callable[..., Any]] = work_handlers(engine, session.tokenizer)
+    replicas = Replicas(handlers, session.channels.drivers, context.dp_rank, context.dp_size)
     if context.dp_rank > 0:
         replicas.follow()
         return
+    lm = ParallelLM(
+        replicas,
+        session.tokenizer,
+        session.prompt_format,
+        session.stop_ids,
+        session.max_length,
+        rule,
+        progress_out=sys.stderr,
+        max_new_tokens=config.max_new_tokens,
+    )
     try:
-        lm = ParallelLM(
-            replicas,
-            session.tokenizer,
-            session.prompt_format,
-            session.stop_ids,
-            session.max_length,
-            rule,
-            progress_out=sys.stderr,
-            max_new_tokens=config.max_new_tokens,
-        )
-        for benchmark in config.tasks:
-            _report(config, session, benchmark, run_tasks(lm, tasks[benchmark], config.max_eval_samples))
+        with interruptible():
+            _score_all(config, session, lm, jobs)
     finally:
         replicas.release()
 
 
-def run_tasks(lm: Any, tasks: list[dict[str, Any]], limit: int | None) -> dict[str, Any]:
-    """lm_eval's own evaluation of ``tasks``, offline; its result dictionary with the samples."""
-    from lm_eval.evaluator import evaluate as lm_evaluate
-    from lm_eval.tasks import TaskManager
-
-    with _only_our_progress(sys.stderr):
-        loaded = TaskManager(include_defaults=False).load(tasks)
-        results = lm_evaluate(lm, loaded, limit=limit, log_samples=True)
-    assert results is not None
-    return dict(results)
-
-
-@contextmanager
-def _only_our_progress(stderr: TextIO) -> Iterator[None]:
-    """lm_eval draws a bar per subject and warns of what is meant; its errors still raise."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-        stderr.flush()
+def _score_all(config: EvaluationConfig, session: Session, lm: ParallelLM, jobs: list[Job]) -> None:
+    report = Report(config, session)
+    for job in jobs:
+        if config.compare_base:
+            lm.use_adapter(True)
+        report.add(_score(config, session, lm, job))
+        if config.compare_base and lm.stopped_by is None:
+            lm.use_adapter(False)
+            report.add_base(_score(config, session, lm, job))
+        report.write()
+        if lm.stopped_by is not None:
+            raise lm.stopped_by
 
 
-def _report(config: EvaluationConfig, session: Session, benchmark: str, results: dict[str, Any]) -> None:
-    scores = subject_scores(results)
-    print(f"\n{table(scores)}\n\n{score_line(benchmark, scores)}", flush=True)
-    scored = {
-        **session.scored,
-        "prompt_format": session.prompt_format.name,
-        "thinking": session.prompt_format.thinking,
-        "task_data_path": str(config.task_data_path),
-        "max_eval_samples": config.max_eval_samples,
-        "evaluation_batch_size": config.evaluation_batch_size,
-    }
-    output = config.output_path or default_output(config)
-    folder = output if len(config.tasks) == 1 else output / benchmark
-    paths = write_results(folder, benchmark, results, scored)
-    get_logger().info(f"wrote {paths[-1]} and {len(paths) - 1} files of items beside it")
+def _score(config: EvaluationConfig, session: Session, lm: ParallelLM, job: Job) -> JobResult:
+    lm.answers.clear()
+    return run_job(lm, job, config.max_eval_samples, session.prompt_format.use_chat_template)
+
+
+@dataclass
+class Report:
+    """Prints each benchmark when it is done, and writes all of them so far."""
+
+    config: EvaluationConfig
+    session: Session
+    results: list[JobResult] = field(default_factory=list)
+    base: list[JobResult] = field(default_factory=list)
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder = self.config.output_path or default_output(self.config)
+
+    def add(self, result: JobResult) -> None:
+        """Print the table and the line of one benchmark."""
+        self.results.append(result)
+        self._print(result, "")
+        if self.config.log_samples:
+            write_samples(self.folder, result)
+
+    def add_base(self, result: JobResult) -> None:
+        """The same without the adapter, and the comparison."""
+        self.base.append(result)
+        self._print(result, " (base, without the adapter)")
+        if self.config.log_samples:
+            write_samples(self.folder, result, "samples_base")
+        found = compare_results(result, self.results[-1])
+        if found is not None:
+            self.comparisons[result.name] = found
+            print(comparison_line(result.name, found), flush=True)
+
+    def _print(self, result: JobResult, whose: str) -> None:
+        if not result.complete:
+            get_logger().warning(f"{result.name}: interrupted; the scores below are of the items that were done")
+        text = table(result) if total(result) else other_metrics(result)
+        print(f"\n{result.name}{whose}: {result.metric}, {result.filter}\n{text}\n\n{score_line(result)}", flush=True)
+
+    def write(self) -> None:
+        """``results.json`` (and ``results_base.json``) over all benchmarks so far."""
+        config, prompt = self.config, self.session.prompt_format
+        scored = {
+            **self.session.scored,
+            "prompt_format": prompt.name,
+            "thinking": prompt.thinking,
+            "task_data_path": [str(path) for path in config.task_data_path],
+        }
+        settings = {
+            "batch_size": config.evaluation_batch_size or "auto",
+            "limit": config.max_eval_samples,
+            "num_fewshot": config.num_fewshot,
+            "fewshot_seed": FEWSHOT_SEED,
+        }
+        path = write_results(self.folder, RESULTS_NAME, results_content(self.results, scored, settings, self.comparisons))
+        if self.base:
+            without = {**scored, "lora": None, "lora_load": None, "lora_iteration": None, "manifest": None}
+            write_results(self.folder, BASE_RESULTS_NAME, results_content(self.base, without, settings))
+        get_logger().info(f"wrote {path}")
 
 
 def default_output(config: EvaluationConfig) -> Path:

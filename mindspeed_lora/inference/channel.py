@@ -14,6 +14,8 @@ closes its connections, so its peers fail at once, whatever the timeout.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -57,6 +59,26 @@ class StoppedElsewhere(MindSpeedLoraError):
     def __init__(self, exit_code: int) -> None:
         super().__init__(f"stopped because another rank did, with exit code {exit_code}")
         self.exit_code = exit_code
+
+
+class RankDied(MindSpeedLoraError):
+    """Another process of the run is gone, so that nothing more can be computed; its own message, if any, is above."""
+
+
+@contextmanager
+def other_ranks(who: str) -> Iterator[None]:
+    """Turn what torch raises when the other end of a connection is gone into one sentence.
+
+    Raises:
+        RankDied: naming ``who``.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # gloo's own type
+        if not any(word in str(error) for word in ("onnection closed", "onnection reset", "roken pipe", "onnection refused")):
+            raise
+        reason = str(error).splitlines()[0].rpartition("] ")[2] or str(error).splitlines()[0]
+        raise RankDied(f"{who} of this run has died or was ended ({reason}); see the messages above, then start the run again") from error
 
 
 def agree(error: MindSpeedLoraError | None, world: Group) -> None:

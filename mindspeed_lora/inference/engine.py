@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mindspeed_lora.inference.channel import Channels
+from mindspeed_lora.inference.channel import Channels, other_ranks
 from mindspeed_lora.inference.executor import Executor, Scores
 from mindspeed_lora.inference.protocol import Message, Operation, Output, receive_message, send_message
 from mindspeed_lora.log import get_logger
@@ -55,14 +55,16 @@ class Engine:
 
     def _order(self, message: Message) -> torch.Tensor | Scores | None:
         self._broken = True
-        send_message(message, self._replica)
-        result = self._executor.execute(message)
+        with other_ranks("a worker"):
+            send_message(message, self._replica)
+            result = self._executor.execute(message)
         self._broken = False
         return result
 
     def _collect(self, message: Message) -> torch.Tensor | Scores:
         self._broken = True
-        result = self._executor.collect(message)
+        with other_ranks("a worker"):
+            result = self._executor.collect(message)
         self._broken = False
         return result
 
@@ -171,7 +173,8 @@ def serve(stage: GPTStage, context: ParallelContext, channels: Channels) -> int:
     """Worker side: follow the driver until it stops; returns the exit code it sent."""
     executor = Executor(stage, context, channels)
     while True:
-        message = receive_message(channels.replica)
-        if message.operation == Operation.STOP:
-            return message.value
-        executor.execute(message)
+        with other_ranks("the driver, or another worker,"):
+            message = receive_message(channels.replica)
+            if message.operation == Operation.STOP:
+                return message.value
+            executor.execute(message)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, 
 from mindspeed_lora.checkpoint.start import find_start
 from mindspeed_lora.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from mindspeed_lora.errors import CheckpointError, MindSpeedLoraError, UsageError
-from mindspeed_lora.inference.channel import Channels, StoppedElsewhere, agree, open_channels
+from mindspeed_lora.inference.channel import Channels, RankDied, StoppedElsewhere, agree, open_channels
 from mindspeed_lora.inference.engine import Engine, serve
 from mindspeed_lora.inference.prompts import PromptFormat, resolve_prompt_format
 from mindspeed_lora.log import get_logger
@@ -264,6 +264,7 @@ def _describe(
 ) -> dict[str, Any]:
     layout = {name: getattr(context, name) for name in ("tp_size", "pp_size", "dp_size")}
     lora = None if spec is None else {"r": spec.r, "alpha": spec.alpha, "targets": list(spec.targets)}
+    manifest = base.manifest if adapter is None else adapter.manifest
     return {
         "load": str(config.load.load),
         "lora_load": None if config.load.lora_load is None else str(config.load.lora_load),
@@ -272,6 +273,7 @@ def _describe(
         "base_fingerprint": base.fingerprint() if context.rank == 0 else None,
         "dtype": str(dtype).removeprefix("torch."),
         "layout": layout,
+        "manifest": None if manifest is None else {key: value for key, value in asdict(manifest).items() if value and key != "parts"},
     }
 
 
@@ -283,6 +285,7 @@ def lead(session: Session, work: Callable[[Engine], None]) -> int:
 
     Raises:
         MindSpeedLoraError: what ``work`` raised, on its rank.
+        RankDied: another rank is gone; the ranks that are left do not wait for one another.
     """
     error: MindSpeedLoraError | None = None
     if session.stage is not None and session.is_driver:
@@ -291,6 +294,8 @@ def lead(session: Session, work: Callable[[Engine], None]) -> int:
         try:
             work(engine)
             code = 0
+        except RankDied:
+            raise
         except MindSpeedLoraError as caught:
             error, code = caught, caught.exit_code
         finally:

@@ -1,82 +1,18 @@
-"""Reading MMLU's files, planning forward passes, and what is written, without a model."""
+"""Planning forward passes, batches and replicas, without a model."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindspeed_lora.errors import DataError, UsageError
 from mindspeed_lora.evaluation.batching import BatchRule, Room
 from mindspeed_lora.evaluation.lm import cut_at
 from mindspeed_lora.evaluation.replicas import Replicas
-from mindspeed_lora.evaluation.results import check_output, score_line, subject_scores, table, write_results
 from mindspeed_lora.evaluation.scoring import RowBatch, RowScores, answers_of, make_batches, plan_rows, share_prefixes
-from mindspeed_lora.evaluation.tasks_mmlu import find_root, mmlu_tasks, read_questions
-
-ROW = 'What is 1, "really"?,"a,b",b,c,d,C\n'.replace('What is 1, "really"?', '"What is 1, ""really""?"')
-
-
-def make_files(root: Path, subject: str = "sums", test: str = ROW * 3, dev: str = ROW * 5) -> Path:
-    for name, text in (("test", test), ("dev", dev)):
-        (root / name).mkdir(parents=True, exist_ok=True)
-        (root / name / f"{subject}_{name}.csv").write_text(text)
-    return root
-
-
-def test_the_published_files_have_the_published_sizes() -> None:
-    root = shared_data() / "mmlu" / "data"
-    tasks = mmlu_tasks(root, None)
-    assert len(tasks) == 57 and tasks[0]["task"] == "mmlu_abstract_algebra" and tasks[0]["num_fewshot"] == 5
-    assert sum(len(read_questions(path)) for path in (root / "test").glob("*.csv")) == 14042
-    assert find_root(root / "test") == root
-
-
-def test_rows_may_hold_commas_quotes_and_line_breaks(tmp_path: Path) -> None:
-    root = make_files(tmp_path, test='"two\nlines, and ""quotes""",1,2,3,4,b\n')
-    (question,) = read_questions(root / "test" / "sums_test.csv")
-    assert question.question == 'two\nlines, and "quotes"' and question.choices == ("1", "2", "3", "4") and question.answer == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (ROW + '"a\nb",1,2,3,4,B\nonly,five,columns,here,A\n', ("line 4", "5 columns")),
-        (ROW + "q,1,2,3,4,E\n", ("line 2", "'E'")),
-        (ROW + '"never closed,1,2,3,4,A\n', ("line 2", "quotes")),
-        ("", ("no rows",)),
-    ],
-)
-def test_malformed_rows_are_named_by_file_and_line(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
-    root = make_files(tmp_path, test=text)
-    with pytest.raises(DataError) as caught:
-        mmlu_tasks(root, None)
-    assert "sums_test.csv" in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
-
-
-def test_missing_files_say_what_was_expected_and_where(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no such folder; expected .*_test.csv"):
-        mmlu_tasks(tmp_path / "absent", None)
-    with pytest.raises(DataError, match=r"holds no MMLU files; expected .*test/<subject>_test.csv"):
-        mmlu_tasks(tmp_path, None)
-    make_files(tmp_path / "data")
-    with pytest.raises(DataError, match=f"did you mean {tmp_path / 'data'}"):
-        mmlu_tasks(tmp_path, None)
-    (tmp_path / "data" / "dev" / "sums_dev.csv").unlink()
-    with pytest.raises(DataError, match=r"sums_dev.csv: missing"):
-        mmlu_tasks(tmp_path / "data", None)
-    assert mmlu_tasks(tmp_path / "data", 0)[0]["num_fewshot"] == 0
-
-
-def test_more_examples_than_there_are_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--num-fewshot 6: .*has only 5 rows"):
-        mmlu_tasks(make_files(tmp_path), 6)
 
 
 def test_choices_of_one_question_share_a_row_and_long_contexts_lose_their_beginning() -> None:
@@ -173,22 +109,3 @@ def test_after_an_error_amid_the_work_nothing_more_is_sent(monkeypatch: pytest.M
 
 def test_a_generation_ends_at_the_first_stop_text() -> None:
     assert cut_at("answer\n\nQuestion: x", ["Question:", "\n\n"]) == "answer" and cut_at("all", ["\n"]) == "all"
-
-
-def test_what_is_printed_and_written(tmp_path: Path) -> None:
-    results = {
-        "results": {"mmlu_a": {"alias": "a", "acc,none": 0.5}, "mmlu_b": {"alias": "b", "acc,none": 1.0}},
-        "configs": {"mmlu_a": {"function": test_rows_may_hold_commas_quotes_and_line_breaks}},
-        "samples": {"mmlu_a": [{"doc_id": 0, "acc": 1.0}, {"doc_id": 1, "acc": 0.0}], "mmlu_b": [{"doc_id": 0, "acc": 1.0}]},
-    }
-    scores = subject_scores(results)
-    assert score_line("mmlu", scores) == f"mmlu acc = 2/3={2 / 3}"
-    assert table(scores).splitlines()[0].split() == ["subject", "question_n", "acc"]
-    assert table(scores).splitlines()[-1].split() == ["total", "3", "0.666667"]
-    paths = write_results(tmp_path / "out", "mmlu", results, {"load": "x"})
-    content = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert content["groups"]["mmlu"]["acc,none"] == 2 / 3 and content["mindspeed_lora"]["load"] == "x" and "samples" not in content
-    assert [path.name for path in paths] == ["samples_mmlu_a.jsonl", "samples_mmlu_b.jsonl", "results.json"]
-    assert [json.loads(line)["acc"] for line in paths[0].read_text().splitlines()] == [1.0, 0.0]
-    with pytest.raises(UsageError, match=r"results.json is a file"):
-        check_output(tmp_path / "out" / "results.json")
