@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -14,13 +15,15 @@ from typing import Any
 import pytest
 from data_helpers import alpaca_records, tiny_tokenizer, write_json
 from helpers import ROOT, tiny_qwen3
+from pool import ProcessPool
 from training_helpers import make_config
 
-from mindspeed_lora.arguments.configs import DataFlags, PreprocessConfig, TemplateFlags, TokenizerFlags, TrainConfig
+from mindspeed_lora.arguments.configs import DataFlags, PreferenceFlags, PreprocessConfig, TemplateFlags, TokenizerFlags, TrainConfig
 from mindspeed_lora.data import raw
+from mindspeed_lora.data.pairs import PairDataset
 from mindspeed_lora.data.preprocess import write_dataset
 from mindspeed_lora.data.raw import Board, cache_root, is_raw_data
-from mindspeed_lora.data.sft_dataset import KEYS
+from mindspeed_lora.data.sft_dataset import KEYS, open_sft_dataset
 from mindspeed_lora.errors import DataError, UsageError
 from mindspeed_lora.training.preflight import TrainingPlan, plan_training
 
@@ -222,3 +225,59 @@ def test_the_log_begins_with_a_sample_as_the_model_sees_it(
     logging.getLogger("mindspeed_lora").setLevel(logging.WARNING)  # as on another rank
     plan(workspace, tmp_path)
     assert not log.records
+
+
+PAIRWISE = "AlpacaStylePairwiseHandler"
+
+
+def pair_config(workspace: Path, cache: Path, **changes: Any) -> TrainConfig:
+    records = [{**record, "chosen": record["output"], "rejected": "no " + record["output"] * 3} for record in alpaca_records(6)]
+    write_json(workspace / "pairs.json", records)
+    values = {"data__data_path": str(workspace / "pairs.json"), "data__handler_name": PAIRWISE, "data__seq_length": 48}
+    return config(workspace, cache, **{**values, "stage": "dpo", "preference": PreferenceFlags(), **changes})
+
+
+def test_raw_pairs_become_a_pair_dataset(workspace: Path, tmp_path: Path) -> None:
+    found = plan_training(pair_config(workspace, tmp_path), 1)
+    assert isinstance(found.dataset, PairDataset) and len(found.dataset) == 6, "long pairs are kept"
+    assert found.dataset.num_cut and int(found.dataset.rows.lengths.max()) <= 48
+    assert any("pairs longer than --seq-length" in note for note in found.notes)
+
+
+def test_handlers_of_the_other_stage_are_refused_before_the_work(workspace: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"--handler-name {HANDLER} makes single records, which --stage dpo .* AlpacaStylePairwiseHandler"):
+        plan_training(pair_config(workspace, tmp_path, data__handler_name=HANDLER), 1)
+    with pytest.raises(UsageError, match=f"--handler-name {PAIRWISE} makes pairs, which --stage sft does not train on; use --stage dpo"):
+        plan_training(pair_config(workspace, tmp_path, stage="sft", preference=None), 1)
+    assert not list(tmp_path.iterdir())
+
+
+def raced(settings: TrainConfig) -> tuple[str, bool]:
+    """As the first process of a machine of its own, whose work ends at the same moment as the other machine's."""
+    from torch import distributed
+
+    worked = []
+
+    def write_and_wait(*arguments: Any, **keywords: Any) -> Any:
+        report = write_dataset(*arguments, **keywords)
+        worked.append(True)
+        distributed.barrier()
+        return report
+
+    original, raw.write_dataset = raw.write_dataset, write_and_wait
+    try:
+        data = settings.data
+        tokenizer = dataclasses.replace(settings.tokenizer, name_or_path=settings.load.load)
+        os.environ["LOCAL_WORLD_SIZE"] = "1"
+        prefix = raw.prepare_raw_data(data, tokenizer, settings.template, cache_root(data, None))
+    finally:
+        raw.write_dataset = original
+        os.environ.pop("LOCAL_WORLD_SIZE", None)
+    return str(prefix), bool(worked)
+
+
+def test_two_machines_that_race_for_one_cache_get_the_same_folder(pool: ProcessPool, workspace: Path, tmp_path: Path) -> None:
+    (one, worked), (other, also) = pool.run(raced, 2, config(workspace, tmp_path))
+    assert worked and also and one == other
+    assert [path.name for path in tmp_path.iterdir()] == [Path(one).parent.name], "no temporary folder is left"
+    assert len(open_sft_dataset(one)) == 20

@@ -32,6 +32,7 @@ from mindspeed_lora.log import get_logger
 from mindspeed_lora.manifest import read_manifest
 
 DEFAULT_CACHE = Path("~/.cache/mindspeed_lora/data")
+PAIRWISE_SUFFIX = "PairwiseHandler"  # handlers of preference pairs
 _NAME = "data"  # of the output prefix inside a cache folder
 _POLL_S = 0.5
 _SAY_EVERY_S = 60.0
@@ -76,7 +77,7 @@ def prepare_raw_data(flags: DataFlags, tokenizer: TokenizerFlags, template: Temp
         template=template,
         handler_name=flags.handler_name,
         map_keys=flags.map_keys,
-        seq_length=flags.seq_length,
+        seq_length=None if flags.handler_name.endswith(PAIRWISE_SUFFIX) else flags.seq_length,  # training cuts pairs, nothing drops them
         workers=flags.workers,
         pack=flags.pack,
         neat_pack=flags.neat_pack,

@@ -16,7 +16,7 @@ from mindspeed_lora.checkpoint.resume import TrainerState, read_trainer_state
 from mindspeed_lora.checkpoint.start import StartPoint, check_save_folder, find_start
 from mindspeed_lora.data.pairs import PairDataset, open_pair_dataset
 from mindspeed_lora.data.preview import log_first_sample
-from mindspeed_lora.data.raw import cache_root, is_raw_data, prepare_raw_data, unused_raw_flags
+from mindspeed_lora.data.raw import PAIRWISE_SUFFIX, cache_root, is_raw_data, prepare_raw_data, unused_raw_flags
 from mindspeed_lora.data.sft_dataset import KEYS, PAIR_KEYS, DocumentRule, SFTDataset, check_data_manifest, open_sft_dataset, split_ranges
 from mindspeed_lora.data.tokenizer import load_tokenizer, pad_token_id
 from mindspeed_lora.errors import CheckpointError, UsageError
@@ -221,11 +221,23 @@ def _prepared(config: TrainConfig, start: StartPoint, notes: list[str]) -> str |
     """``--data-path``, or what it becomes where it is raw; no process group is open yet, so nothing times out."""
     data = config.data
     if is_raw_data(data.data_path):
+        _check_handler(config)
         tokenizer = replace(config.tokenizer, name_or_path=config.tokenizer.name_or_path or start.base.config_dir)
         return prepare_raw_data(data, tokenizer, config.template, cache_root(data, config.save.save))
     if unused := unused_raw_flags(data):
         notes.append(f"{' '.join(unused)}: --data-path is preprocessed already, so there is nothing for it to do")
     return data.data_path
+
+
+def _check_handler(config: TrainConfig) -> None:
+    """Raise UsageError where the raw records would not become what the stage trains on."""
+    handler = config.data.handler_name
+    if handler is not None and handler.endswith(PAIRWISE_SUFFIX) != (config.stage == "dpo"):
+        found, other = ("pairs", "dpo") if handler.endswith(PAIRWISE_SUFFIX) else ("single records", "sft")
+        raise UsageError(
+            f"--handler-name {handler} makes {found}, which --stage {config.stage} does not train on; use --stage {other}, or "
+            f"{'AlpacaStylePairwiseHandler or SharegptStylePairwiseHandler' if config.stage == 'dpo' else 'an instruction handler'}"
+        )
 
 
 def _origin(config: TrainConfig, dataset: SFTDataset | PairDataset, schedule: LearningRateSchedule) -> dict[str, Any]:
