@@ -1,7 +1,8 @@
-"""The nine scripts of examples/mcore/qwen3: defaults, logs, exit codes, and end to end on CPU with a model cut to 2 layers."""
+"""The scripts of examples/mcore/qwen3: defaults, logs, exit codes, and end to end on CPU with a model cut to 2 layers."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,8 @@ NAMES = [
     "evaluate_qwen3_8b_ptd",
     "evaluate_qwen3_8b_lora_ptd",
     "ckpt_convert_qwen3_mcore2hf_lora",
+    "data_convert_qwen3_pairwise",
+    "dpo_qwen3_8b_4K_lora_ptd",
 ]
 VARIABLES = (
     *("CKPT_LOAD_DIR", "CKPT_SAVE_DIR", "DATA_PATH", "OUTPUT_PREFIX", "TOKENIZER_PATH", "CHECKPOINT", "CHECKPOINT_LORA", "TASK"),
@@ -45,7 +48,7 @@ def fake_python(tmp_path: Path) -> Path:
     return path
 
 
-def test_all_nine_are_there() -> None:
+def test_all_are_there() -> None:
     assert sorted(path.stem for path in SCRIPTS.glob("*.sh")) == sorted([*NAMES, "common"])
 
 
@@ -65,6 +68,7 @@ def test_defaults_parse(name: str, tmp_path: Path, fake_python: Path, monkeypatc
     for folder in ("model_from_hf/qwen3_hf", "model_weights/qwen3_mcore", "ckpt/qwen3-8b-lora", "mmlu/test", "dataset"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "dataset/train-00000-of-00001-a09b74b3ef9c3b56.parquet").write_bytes(b"")
+    (tmp_path / "dataset/pairs.json").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     run_script(name, tmp_path, PYTHON=str(fake_python))
     words = (tmp_path / "logs" / f"{name}.log").read_text(encoding="utf-8").splitlines()
@@ -206,3 +210,14 @@ def test_step_6_merge(workplace: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     model = AutoModelForCausalLM.from_pretrained(workplace / "model_from_hf/qwen3_hf/mg2hg")
     assert model.config.num_hidden_layers == CUT["num_layers"]
+
+
+def test_preference_pairs(workplace: Path) -> None:
+    records = json.loads((workplace / "records.json").read_text(encoding="utf-8"))[:8]
+    pairs = [{"instruction": record["instruction"], "chosen": record["output"], "rejected": "I do not know."} for record in records]
+    (workplace / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    result = run_script("data_convert_qwen3_pairwise", workplace, "--workers", "1", DATA_PATH="pairs.json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    output = run_step("dpo_qwen3_8b_4K_lora_ptd", workplace, *CUT_ARGUMENTS, *TRAIN_ARGUMENTS, CKPT_LOAD_DIR="model_from_hf/qwen3_hf")
+    assert "rewards/accuracies: " in output and "shared with the policy" in output
+    assert (workplace / "ckpt/qwen3-8b-dpo/iter_0000002/peft/adapter_model.safetensors").is_file()
