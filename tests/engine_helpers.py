@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mindspeed_lora.checkpoint.resolve import resolve_model_config
 from mindspeed_lora.lora.inject import inject_lora
 from mindspeed_lora.model.stage import GPTStage, build_stage_modules
 from mindspeed_lora.parallel.context import ParallelContext, single_process_context
+from mindspeed_lora.parallel.on_demand import BaseStorage
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.sources import open_base
 from mindspeed_lora.weights.table import Row, WeightTable
@@ -39,13 +41,14 @@ def build_engine(
     layers_per_virtual_stage: int | None = None,
     recompute: RecomputeFlags | None = None,
     random_b: bool = True,
+    make_storage: Callable[[], BaseStorage] | None = None,
 ) -> Engine:
     """Load ``folder`` at the context's layout; LoRA's B gets values (a zero B hides mistakes in A's path)."""
     context = context or single_process_context()
     base = open_base(folder)
     config = resolve_model_config(base, ArchitectureFlags(), context.tp_size)
     table = WeightTable(config)
-    stages = build_stage_modules(config, context, dtype, layers_per_virtual_stage, recompute)
+    stages = build_stage_modules(config, context, dtype, layers_per_virtual_stage, recompute, make_storage)
     if lora is not None:
         for stage in stages:
             inject_lora(stage, table, lora, context, fusion, seed=7)

@@ -312,3 +312,20 @@ def test_data_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "small")
     with pytest.raises(MindSpeedLoraError, match="vocabulary has 100 tokens"):
         run_training(make_config(tmp_path, load__load=tmp_path / "small"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fsdp_base": True, "lora": None}, "--fsdp-base without LoRA: all weights are trained"),
+        ({"runtime__qlora": True, "lora": None}, "--qlora without LoRA: all weights are trained"),
+        ({"fsdp_base": True, "save__lora_ckpt_filter": False}, "--fsdp-base with --no-lora-ckpt-filter: no rank holds the whole base"),
+    ],
+)
+def test_a_base_on_demand_needs_a_frozen_base_and_adapter_saves(workspace: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run_training(make_config(workspace, **changes))
+
+
+def test_fsdp_base_on_one_rank_is_said_to_do_nothing(workspace: Path) -> None:
+    assert "--fsdp-base has no effect with one data-parallel rank" in run_training(make_config(workspace, fsdp_base=True, train_iters=1))

@@ -51,6 +51,7 @@ class RuntimeFlags:
     params_dtype: str | None = None
     seed: int = 1234
     distributed_timeout_minutes: int = 10
+    qlora: bool = False  # the base's linear weights in 4 bits, quantised while they are loaded
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ class TrainConfig:
     optimizer: OptimizerFlags
     recompute: RecomputeFlags
     save: SaveFlags
+    fsdp_base: bool = False  # the frozen base's linear weights are cut over the data-parallel ranks
     architecture: ArchitectureFlags = field(default_factory=ArchitectureFlags)
     lora: LoraFlags | None = None  # None: full-parameter training
     stage: str = "sft"  # sft | dpo: training on preference pairs

@@ -208,6 +208,14 @@ DEVICE = [
         not_yet={"fp16": LATER_FP16},
         default_text="training: fp32; otherwise the checkpoint's own",
     ),
+    active(
+        "--qlora",
+        RUNS,
+        "device and dtype",
+        "hold the frozen linear weights in 4 bits (NF4, from bitsandbytes: extra qlora), quantised while they are loaded; CUDA and CPU",
+        None,
+        "runtime.qlora",
+    ),
     active("--seed", RUNS, "device and dtype", "of adapter initialisation, data order and sampling", WHOLE, "runtime.seed"),
     active(
         "--distributed-timeout-minutes",

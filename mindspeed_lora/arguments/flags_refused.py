@@ -94,7 +94,8 @@ RUN_FLAGS = [
     *refused(
         "schedules-method", MODELS, "this pipeline schedule is not supported; leave it out: one-forward-one-backward, or interleaved", TEXT
     ),
-    *refused("qlora qlora-nf4", MODELS, "quantised base weights come with a later release; use --bf16"),
+    *refused("qlora", (CONVERT,), "conversion keeps weights whole; training and inference take --qlora and quantise as they load"),
+    *refused("qlora-nf4", RUNS, "this flag belongs to convert_ckpt.py; use --qlora"),
     *refused("lu-lora-lr lu-lora-lr-ratio lu-lora-final-layer-index", RUNS, "LU-LoRA is not supported; leave it out", TEXT),
     *refused("npu-deterministic", RUNS, "deterministic kernels cannot be promised on NPU yet; leave it out"),
     *refused("alternative-prompt origin-postprocess", (EVALUATE,), "prompts and scores are lm-evaluation-harness's own; leave it out"),

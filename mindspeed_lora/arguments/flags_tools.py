@@ -226,6 +226,7 @@ CONVERSION = [
         only=(0,),
         otherwise="multi-token prediction comes with a later release; leave it out: those layers are then left out of the result",
     ),
+    *accepted("qlora-nf4", C, "weights are written whole; --qlora of training, inference and evaluation quantises them as they are loaded"),
     *accepted("save-layer-by-layer", C, "weights are always streamed"),
     *accepted("load-checkpoint-loosely", C, "its extra-state keys are known here; every other key must be accounted for"),
     *accepted(

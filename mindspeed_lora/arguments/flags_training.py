@@ -384,6 +384,14 @@ MEMORY = [
         "--recompute-num-layers", T, "memory", "with full: layers of the block, or per group", COUNT, "recompute.num_layers", unit="layers"
     ),
     active(
+        "--fsdp-base",
+        T,
+        "memory",
+        "with LoRA: each data-parallel rank holds a part of the frozen linear weights, and a layer is gathered while it computes",
+        None,
+        "fsdp_base",
+    ),
+    active(
         "--pipeline-buffer-fraction",
         T,
         "memory",

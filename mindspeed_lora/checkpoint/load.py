@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.parallel.on_demand import BaseStorage
 from mindspeed_lora.weights.sources import Adapter, Base
 from mindspeed_lora.weights.table import WeightTable
 
@@ -43,7 +45,12 @@ def load_base(stages: Sequence[nn.Module], base: Base, table: WeightTable, conte
             if ".lora_" in name:
                 continue
             row, layer = table.parse(name.replace(".base_layer", ""))
-            _copy(parameter, table.shard(row, base.parts(row, layer), context.tp_rank, context.tp_size), name, base.path)
+            parts = base.parts(row, layer)
+            storage: BaseStorage | None = getattr(stage, "storage", None)
+            if storage is not None and (holder := storage.holder(parameter)) is not None:
+                holder.load(parameter, partial(table.shard_rows, row, parts, context.tp_rank, context.tp_size))
+            else:
+                _copy(parameter, table.shard(row, parts, context.tp_rank, context.tp_size), name, base.path)
             count += 1
     return LoadReport(base=count)
 

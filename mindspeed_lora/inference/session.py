@@ -28,7 +28,9 @@ from mindspeed_lora.inference.engine import Engine, serve
 from mindspeed_lora.inference.prompts import PromptFormat, resolve_prompt_format
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.model.stage import GPTStage
+from mindspeed_lora.ops.nf4 import Nf4, check_nf4
 from mindspeed_lora.parallel.context import ParallelContext, initialize
+from mindspeed_lora.parallel.on_demand import BaseStorage
 from mindspeed_lora.weights.adapters import Adapter
 from mindspeed_lora.weights.config import ModelConfig
 from mindspeed_lora.weights.lora_spec import LoraSpec
@@ -224,7 +226,11 @@ def _build(
     table = WeightTable(model)
     table.check_tensor_parallel(context.tp_size)
     layers = spread_layers(model.num_layers, context.pp_size)[context.pp_rank]
-    stages = [GPTStage(model, layers, context.is_first_stage, context.is_last_stage, context, dtype)]
+    storage = None
+    if config.runtime.qlora:
+        check_nf4(context.device.type)
+        storage = BaseStorage(context, Nf4(), sharded=False)
+    stages = [GPTStage(model, layers, context.is_first_stage, context.is_last_stage, context, dtype, storage=storage)]
     if spec is not None:
         for stage in stages:
             inject_lora(stage, table, spec, context, fusion=config.lora is not None and config.lora.fusion)

@@ -142,6 +142,13 @@ class TransformerLayer(nn.Module):
         self.pre_mlp_layernorm = RMSNorm(config.hidden_size, config, context, dtype)
         self.mlp = MLP(config, context, dtype)
 
+    def linear_weights(self) -> list[nn.Parameter]:
+        """The weights of the four linears, which make up nearly all of a layer."""
+        return [
+            linear.weight
+            for linear in (self.self_attention.linear_qkv, self.self_attention.linear_proj, self.mlp.linear_fc1, self.mlp.linear_fc2)
+        ]
+
     def forward(self, hidden: torch.Tensor, rotary: RotaryTables, attend: Attend = None) -> torch.Tensor:
         """``[s, b, h]`` (SP: ``[s/t, b, h]``) -> the same."""
         hidden = hidden + self.self_attention(self.input_layernorm(hidden), rotary, attend)

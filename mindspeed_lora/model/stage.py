@@ -9,6 +9,8 @@ Parameters carry Megatron's names with *global* layer numbers (``decoder.layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +24,7 @@ from mindspeed_lora.parallel.collectives import all_gather_dim0
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.cross_entropy import linear_cross_entropy
 from mindspeed_lora.parallel.layers import ColumnParallelLinear, VocabParallelEmbedding, enter_column
+from mindspeed_lora.parallel.on_demand import BaseStorage
 from mindspeed_lora.weights.config import ModelConfig, stage_layers
 
 IGNORED_LABEL = -100
@@ -39,11 +42,22 @@ class Decoder(nn.Module):
     """The layers, keyed by global number, and the final norm on the last stage."""
 
     def __init__(
-        self, config: ModelConfig, layers: range, is_last: bool, context: ParallelContext, dtype: torch.dtype, recompute: RecomputeFlags
+        self,
+        config: ModelConfig,
+        layers: range,
+        is_last: bool,
+        context: ParallelContext,
+        dtype: torch.dtype,
+        recompute: RecomputeFlags,
+        storage: BaseStorage | None,
     ) -> None:
         super().__init__()
         core = recompute.granularity == "selective"
-        self.layers = nn.ModuleDict({str(layer): TransformerLayer(config, layer, context, dtype, core) for layer in layers})
+        self.layers = nn.ModuleDict()
+        for number in layers:
+            self.layers[str(number)] = layer = TransformerLayer(config, number, context, dtype, core)
+            if storage is not None:  # before the next layer is made: whole, the base may not fit
+                storage.take(layer, layer.linear_weights())
         if is_last:
             self.final_layernorm = RMSNorm(config.hidden_size, config, context, dtype)
         self._recompute_groups = _recompute_groups(len(layers), recompute)
@@ -88,13 +102,14 @@ class GPTStage(nn.Module):
         context: ParallelContext,
         dtype: torch.dtype,
         recompute: RecomputeFlags | None = None,
+        storage: BaseStorage | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.context, self.dtype = config, context, dtype
+        self.config, self.context, self.dtype, self.storage = config, context, dtype, storage
         self.layer_range, self.is_first, self.is_last = layers, is_first, is_last
         if is_first:
             self.embedding = Embedding(config, context, dtype)
-        self.decoder = Decoder(config, layers, is_last, context, dtype, recompute or RecomputeFlags())
+        self.decoder = Decoder(config, layers, is_last, context, dtype, recompute or RecomputeFlags(), storage)
         if is_last and not (is_first and config.tied_embeddings):
             self.output_layer = ColumnParallelLinear(config.hidden_size, config.padded_vocab_size, context, dtype=dtype)
         self.inverse_frequencies = inverse_frequencies(config).to(context.device)
@@ -179,12 +194,17 @@ def build_stage_modules(
     dtype: torch.dtype,
     layers_per_virtual_stage: int | None = None,
     recompute: RecomputeFlags | None = None,
+    make_storage: Callable[[], BaseStorage] | None = None,
 ) -> list[GPTStage]:
-    """This rank's chunks of the model, in order (one without virtual stages); values are uninitialised until loaded."""
+    """This rank's chunks of the model, in order (one without virtual stages); values are uninitialised until loaded.
+
+    ``make_storage``: makes what holds a stage's frozen linear weights on demand; None: they are plain parameters.
+    """
     chunks = stage_layers(config.num_layers, context.pp_size, layers_per_virtual_stage)[context.pp_rank]
     stages = []
     for index, layers in enumerate(chunks):
         is_first = context.is_first_stage and index == 0
         is_last = context.is_last_stage and index == len(chunks) - 1
-        stages.append(GPTStage(config, layers, is_first, is_last, context, dtype, recompute))
+        storage = make_storage() if make_storage is not None else None
+        stages.append(GPTStage(config, layers, is_first, is_last, context, dtype, recompute, storage))
     return stages

@@ -65,6 +65,11 @@ def broadcast_object(value: object, group_source: int, group: Group) -> object:
     return holder[0]
 
 
+def start_gather_into(whole: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Start gathering flat ``part`` of every rank into flat ``whole``, in rank order; neither is to be touched before it is waited for."""
+    return _all_gather(whole, part, group=group, async_op=True)
+
+
 def gather_objects(value: object, group: Group) -> list[object]:
     """Every rank's value, in rank order, on every rank."""
     if group is None:

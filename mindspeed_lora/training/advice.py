@@ -27,11 +27,11 @@ def advise(sizes: RunSizes, machine: Machine) -> tuple[list[Outcome], Outcome | 
 
     The combination is found by taking, again and again, the change that fits at the least time, else the one that saves most.
     """
-    singles = [_outcome(flags, changed, machine) for flags, changed in changes(sizes)]
+    singles = [_outcome(flags, changed, machine) for flags, changed in changes(sizes, machine)]
     taken: list[str] = []
     current = sizes
     while largest_estimate(current, machine.memory_bytes)[1]["total"] > machine.usable_bytes:
-        tried = [_outcome(flags, changed, machine) for flags, changed in changes(current)]
+        tried = [_outcome(flags, changed, machine) for flags, changed in changes(current, machine)]
         fitting = [one for one in tried if one.total_bytes <= machine.usable_bytes]
         best = min(fitting, key=lambda one: one.seconds) if fitting else min(tried, key=lambda one: one.total_bytes, default=None)
         if best is None or best.total_bytes >= largest_estimate(current, machine.memory_bytes)[1]["total"]:
@@ -45,7 +45,7 @@ def _outcome(flags: str, sizes: RunSizes, machine: Machine) -> Outcome:
     return Outcome(flags, sizes, largest_estimate(sizes, machine.memory_bytes)[1]["total"], step_time(sizes, machine).seconds)
 
 
-def changes(sizes: RunSizes) -> Iterator[tuple[str, RunSizes]]:
+def changes(sizes: RunSizes, machine: Machine) -> Iterator[tuple[str, RunSizes]]:
     """Every single change that is possible, with its flags; the global batch and the number of devices stay as they are."""
     if sizes.recompute.granularity != "full":
         whole = RecomputeFlags("full", "uniform", 1)
@@ -56,6 +56,10 @@ def changes(sizes: RunSizes) -> Iterator[tuple[str, RunSizes]]:
     yield from _layouts(sizes)
     if sizes.dp_size > 1 and not sizes.sharded_optimizer:
         yield "--use-distributed-optimizer", replace(sizes, sharded_optimizer=True)
+    if sizes.lora and sizes.dp_size > 1 and not sizes.fsdp_base:
+        yield "--fsdp-base", replace(sizes, fsdp_base=True)
+    if sizes.lora and not sizes.qlora and not machine.name.startswith("atlas"):
+        yield "--qlora", replace(sizes, qlora=True)
 
 
 def _layouts(sizes: RunSizes) -> Iterator[tuple[str, RunSizes]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mindspeed_lora.ops.nf4 import BYTES_PER_VALUE as NF4_BYTES
 from mindspeed_lora.parallel.cross_entropy import CHUNK_TOKENS
 from mindspeed_lora.training.optimizer import optimizer_bytes
 from mindspeed_lora.training.sizes import RunSizes, StageParameters, stage_parameters
@@ -46,7 +47,13 @@ def _resident(sizes: RunSizes, counts: StageParameters) -> dict[str, float]:
     width = sizes.parameter_bytes
     trained = counts.adapter if sizes.lora else counts.base
     own = -(-trained // sizes.dp_size) if sizes.sharded_optimizer else trained
-    parts: dict[str, float] = {"weights": counts.base * width}
+    on_demand = counts.layers * counts.layer_linear if sizes.fsdp_base or sizes.qlora else 0
+    parts: dict[str, float] = {"weights": (counts.base - on_demand) * width}
+    if on_demand:
+        whole = counts.layer_linear * width  # of the layer that computes, and of the next one while it is gathered
+        held = NF4_BYTES if sizes.qlora else width
+        parts["weights"] += on_demand * held / (sizes.dp_size if sizes.fsdp_base else 1)
+        parts["whole layers"] = whole + (counts.layer_linear * held if sizes.fsdp_base else 0)
     if sizes.reference_copy:
         parts["reference"] = counts.base * width
     if sizes.lora:

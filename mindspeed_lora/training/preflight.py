@@ -20,6 +20,7 @@ from mindspeed_lora.data.raw import PAIRWISE_SUFFIX, cache_root, is_raw_data, pr
 from mindspeed_lora.data.sft_dataset import KEYS, PAIR_KEYS, DocumentRule, SFTDataset, check_data_manifest, open_sft_dataset, split_ranges
 from mindspeed_lora.data.tokenizer import load_tokenizer, pad_token_id
 from mindspeed_lora.errors import CheckpointError, UsageError
+from mindspeed_lora.ops.nf4 import check_nf4
 from mindspeed_lora.parallel.context import data_parallel_size
 from mindspeed_lora.training.documents import document_rule
 from mindspeed_lora.training.schedule import LearningRateSchedule, build_schedule
@@ -74,6 +75,8 @@ class ModelPlan:
             recompute=config.recompute,
             fusion=config.lora is not None and config.lora.fusion,
             sharded_optimizer=config.optimizer.use_distributed_optimizer,
+            fsdp_base=config.fsdp_base and self.dp_size > 1,
+            qlora=config.runtime.qlora,
             pipeline_buffer_fraction=config.pipeline_buffer_fraction,
         )
 
@@ -113,13 +116,15 @@ def plan_model(config: TrainConfig, world_size: int, start: StartPoint | None = 
     table.check_tensor_parallel(parallel.tensor_parallel_size)
     table.check_pipeline(parallel.pipeline_parallel_size, parallel.layers_per_virtual_stage)
     notes = list(start.notes)
+    lora = _resolve_lora(config, start, table)
+    _check_base_storage(config, lora, dp_size, notes)
     return ModelPlan(
         config=config,
         start=start,
         model=model,
         table=table,
         layout=Layout(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.layers_per_virtual_stage),
-        lora=_resolve_lora(config, start, table),
+        lora=lora,
         dtype=_dtype(config),
         pad_multiple=_pad_multiple(config, model, notes),
         dp_size=dp_size,
@@ -178,6 +183,25 @@ def _resolve_lora(config: TrainConfig, start: StartPoint, table: WeightTable) ->
         start.adapter.check_coverage(table)
         check_adapter_base(start.adapter, start.base)
     return lora
+
+
+def _check_base_storage(config: TrainConfig, lora: LoraSpec | None, dp_size: int, notes: list[str]) -> None:
+    """``--fsdp-base`` and ``--qlora`` are for a frozen base that no checkpoint is written of."""
+    flags = [flag for flag, given in (("--fsdp-base", config.fsdp_base), ("--qlora", config.runtime.qlora)) if given]
+    if flags and lora is None:
+        raise UsageError(
+            f"{' and '.join(flags)} without LoRA: all weights are trained, so none is frozen; add --lora-target-modules, or leave it out"
+            + (" (--use-distributed-optimizer cuts the optimizer's state)" if config.fsdp_base else "")
+        )
+    if flags and not config.save.lora_ckpt_filter:
+        raise UsageError(
+            f"{' and '.join(flags)} with --no-lora-ckpt-filter: no rank holds the whole base to write it; leave the latter out and "
+            "merge with convert_ckpt.py --lora-load"
+        )
+    if config.runtime.qlora and not config.dry_run:
+        check_nf4()
+    if config.fsdp_base and dp_size == 1:
+        notes.append("--fsdp-base has no effect with one data-parallel rank: there is nothing to cut the base over")
 
 
 def _pad_multiple(config: TrainConfig, model: ModelConfig, notes: list[str]) -> int:

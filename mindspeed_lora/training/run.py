@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.lora.inject import inject_lora
 from mindspeed_lora.model.stage import GPTStage, build_stage_modules
+from mindspeed_lora.ops.nf4 import Nf4, check_nf4
 from mindspeed_lora.parallel.collectives import barrier, broadcast_object
 from mindspeed_lora.parallel.context import ParallelContext, initialize, shutdown, world_size_from_environment
+from mindspeed_lora.parallel.on_demand import BaseStorage, Plain
 from mindspeed_lora.parallel.pipeline import PipelineRunner, sum_of_rows
 from mindspeed_lora.training.dry_run import dry_run
 from mindspeed_lora.training.ending import report_end
@@ -92,7 +95,8 @@ def _run(plan: TrainingPlan, context: ParallelContext) -> None:
 def build_model(plan: TrainingPlan, context: ParallelContext) -> tuple[list[GPTStage], LoadReport]:
     """This rank's stages with the base's weights, and the adapter's or fresh LoRA values."""
     parallel = plan.config.parallel
-    stages = build_stage_modules(plan.model, context, plan.dtype, parallel.layers_per_virtual_stage, plan.config.recompute)
+    virtual, storage = parallel.layers_per_virtual_stage, base_storage(plan.config, context)
+    stages = build_stage_modules(plan.model, context, plan.dtype, virtual, plan.config.recompute, storage)
     adapter = plan.start.adapter
     if plan.lora is not None:
         seed = plan.config.runtime.seed if adapter is None else None
@@ -103,6 +107,18 @@ def build_model(plan: TrainingPlan, context: ParallelContext) -> tuple[list[GPTS
     if adapter is not None:
         loaded = LoadReport(loaded.base, load_adapter(stages, adapter, plan.table, context).adapter)
     return stages, loaded
+
+
+def base_storage(config: TrainConfig, context: ParallelContext) -> Callable[[], BaseStorage] | None:
+    """What holds a stage's frozen linear weights with ``--fsdp-base`` or ``--qlora``; None: they are plain parameters.
+
+    Raises:
+        MindSpeedLoraError: 4-bit weights do not work here.
+    """
+    if not config.runtime.qlora:
+        return partial(BaseStorage, context, Plain(), True) if config.fsdp_base and context.dp_size > 1 else None
+    check_nf4(context.device.type)
+    return partial(BaseStorage, context, Nf4(), config.fsdp_base)
 
 
 def build_machinery(plan: TrainingPlan, context: ParallelContext, stages: Sequence[GPTStage], trained: list[TrainedParameter]) -> Machinery:

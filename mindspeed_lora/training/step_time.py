@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mindspeed_lora.ops.nf4 import BYTES_PER_VALUE as NF4_BYTES
 from mindspeed_lora.training.flops import flops_model
 from mindspeed_lora.training.machines import Machine
 from mindspeed_lora.training.memory import layer_bytes_per_token
@@ -61,6 +62,8 @@ def step_time(sizes: RunSizes, machine: Machine) -> StepTime:
         "tensor parallel": _tensor_parallel(sizes, machine),
         "pipeline transfers": 2 * _boundary(sizes) / _link(sizes.tp_size * sizes.pp_size, machine) if sizes.pp_size > 1 else 0.0,
     }
+    if sizes.qlora:
+        micro["decoding 4-bit weights"] = _decoding(sizes, machine)
     micro["launching kernels"] = max(0.0, layers * _KERNELS_PER_LAYER * machine.launch_s - sum(micro.values()))
     micro["gathering the base"] = max(0.0, _gather(sizes, machine) - sum(micro.values()))
     parts = {name: sizes.num_micro_batches * value for name, value in micro.items()}
@@ -100,8 +103,16 @@ def _gather(sizes: RunSizes, machine: Machine) -> float:
     if not sizes.fsdp_base or sizes.dp_size == 1:
         return 0.0
     counts = stage_parameters(sizes, sizes.pp_size - 1)
-    moved = 2 * counts.layers * counts.layer_base * sizes.parameter_bytes * (sizes.dp_size - 1) / sizes.dp_size
+    held = NF4_BYTES if sizes.qlora else sizes.parameter_bytes
+    moved = 2 * counts.layers * counts.layer_linear * held * (sizes.dp_size - 1) / sizes.dp_size
     return moved / _link(sizes.world_size, machine)
+
+
+def _decoding(sizes: RunSizes, machine: Machine) -> float:
+    """``--qlora``: every layer's weights, read in 4 bits and written whole, once forward and once backward."""
+    counts = stage_parameters(sizes, sizes.pp_size - 1)
+    moved = 2 * counts.layers * counts.layer_linear * (NF4_BYTES + sizes.parameter_bytes)
+    return moved / (machine.bandwidth * machine.memory_share)
 
 
 def _reduction(sizes: RunSizes, machine: Machine) -> tuple[float, float]:

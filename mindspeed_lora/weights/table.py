@@ -158,11 +158,16 @@ def adapter_rows(base: Row) -> tuple[LoraRow, LoraRow]:
     return a_row, b_row
 
 
-def _interleave(parts: Sequence[torch.Tensor], units: int) -> torch.Tensor:
+def _interleaved(parts: Sequence[torch.Tensor], units: int) -> list[torch.Tensor]:
+    """The blocks of the fused tensor in order, as views."""
     if len(parts) == 1:
-        return parts[0]
+        return [parts[0]]
     blocks = [part.split(part.shape[0] // units) for part in parts]
-    return torch.cat([block for unit in zip(*blocks, strict=True) for block in unit])
+    return [block for unit in zip(*blocks, strict=True) for block in unit]
+
+
+def _interleave(parts: Sequence[torch.Tensor], units: int) -> torch.Tensor:
+    return _join(_interleaved(parts, units), 0)
 
 
 def _blocks(tensor: torch.Tensor, sizes: Sequence[int], units: int) -> list[list[torch.Tensor]]:
@@ -316,6 +321,17 @@ class WeightTable:
             return self._vocabulary_shard(row, parts[0], tp_rank, tp_size)
         local = [part.chunk(tp_size)[tp_rank] for part in parts]
         return _interleave(local, max(row.units(tp_size) // tp_size, 1)).contiguous()
+
+    def shard_rows(self, row: Row, parts: Sequence[torch.Tensor], tp_rank: int, tp_size: int, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of one rank's shard of a layer's tensor; of mapped files no other row is read."""
+        if row.axis == 1:
+            return parts[0].chunk(tp_size, dim=1)[tp_rank][start:stop].contiguous()
+        local = parts if row.axis is None else [part.chunk(tp_size)[tp_rank] for part in parts]
+        pieces, first = [], 0
+        for block in _interleaved(local, max(row.units(tp_size) // (tp_size if row.axis == 0 else 1), 1)):
+            pieces.append(block[max(start - first, 0) : max(stop - first, 0)])
+            first += block.shape[0]
+        return _join([piece for piece in pieces if piece.shape[0]], 0).contiguous()
 
     @staticmethod
     def unshard(row: Row, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,0 +1,126 @@
+"""A base in 4 bits: bitsandbytes' values, our arithmetic. Skips where bitsandbytes (extra ``qlora``) is not installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_helpers import SPEC, Engine, batch, build_engine
+from helpers import make_model
+from pool import ProcessPool
+from training_helpers import losses, make_config, make_workspace, run_training, saved_parameters
+
+from mindspeed_lora.arguments.configs import RecomputeFlags
+from mindspeed_lora.errors import MindSpeedLoraError, UsageError
+from mindspeed_lora.ops.nf4 import Nf4, check_nf4
+from mindspeed_lora.parallel.context import build_context, single_process_context
+from mindspeed_lora.parallel.on_demand import BaseStorage
+from mindspeed_lora.parallel.pipeline import PipelineRunner
+
+UNIFORM = RecomputeFlags("full", "uniform", 1)
+
+
+def step(engine: Engine) -> tuple[float, dict[str, torch.Tensor]]:
+    ids, labels, weights = batch()
+    loss = float(PipelineRunner(engine.stages, engine.context).forward_backward(ids, labels, weights, 2).sum())
+    named = {name: parameter for stage in engine.stages for name, parameter in stage.named_parameters()}
+    return loss, {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
+
+
+def compare(folder: Path, tp: int, pp: int, sharded: bool, recompute: RecomputeFlags, dtype: torch.dtype) -> tuple[float, float, list[str]]:
+    """A run on 4-bit weights and a plain run whose weights are the decoded ones: losses, and gradients that differ."""
+    context = build_context(torch.device("cpu"), tp, pp, tp > 1)
+    storages: list[BaseStorage] = []
+
+    def make_storage() -> BaseStorage:
+        storages.append(BaseStorage(context, Nf4(), sharded))
+        return storages[-1]
+
+    held = build_engine(folder, context, SPEC, True, dtype, recompute=recompute, make_storage=make_storage)
+    plain = build_engine(folder, context, SPEC, True, dtype, recompute=recompute)
+    wanted = {name: parameter for stage in plain.stages for name, parameter in stage.named_parameters()}
+    for stage in held.stages:
+        for layer in stage.storage.layers if stage.storage else []:
+            layer.fill()
+        for name, parameter in stage.named_parameters():
+            if ".lora_" not in name:
+                wanted[name].data.copy_(parameter.data)
+        for layer in stage.storage.layers if stage.storage else []:
+            layer.free()
+    (one, grads), (other, expected) = step(held), step(plain)
+    return one, other, [name for name, grad in expected.items() if not torch.equal(grad, grads[name])]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("bitsandbytes")
+    return make_model(tmp_path_factory.mktemp("model"), "qwen3")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", [RecomputeFlags(), UNIFORM])
+def test_it_is_exactly_a_run_on_the_decoded_weights(folder: Path, recompute: RecomputeFlags, dtype: torch.dtype) -> None:
+    found, expected, unequal = compare(folder, 1, 1, False, recompute, dtype)
+    assert found == expected and unequal == []
+
+
+@pytest.mark.parametrize(("processes", "tp", "pp"), [(2, 1, 1), (4, 2, 1), (4, 1, 2)])
+def test_it_is_so_at_every_layout_and_cut_over_dp(pool: ProcessPool, folder: Path, processes: int, tp: int, pp: int) -> None:
+    for found, expected, unequal in pool.run(compare, processes, folder, tp, pp, True, UNIFORM, torch.float32):
+        assert found == expected and unequal == []
+
+
+def test_the_values_are_those_of_transformers_with_bitsandbytes(folder: Path, tmp_path: Path) -> None:
+    """``load_in_4bit`` quantises q, k, v, gate and up one by one; a block of 64 lies within a row, so fusing changes nothing."""
+    import transformers
+    from bitsandbytes.functional import dequantize_4bit
+
+    folder = make_model(tmp_path / "rows_of_whole_blocks", "qwen3", intermediate_size=128)  # bitsandbytes' CPU kernels want them
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    try:
+        reference: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=settings, device_map="cpu", dtype=torch.float32
+        )
+    except (ImportError, RuntimeError, ValueError) as error:
+        pytest.skip(f"transformers does not load 4-bit models here: {error}")
+    engine = build_engine(folder, make_storage=lambda: BaseStorage(single_process_context(), Nf4(), False))
+    (stage,), compared = engine.stages, 0
+    assert stage.storage is not None
+    for layer in stage.storage.layers:
+        layer.fill()
+    for name, parameter in stage.named_parameters():
+        row, number = engine.table.parse(name)
+        for part, hf_name in zip(engine.table.unshard(row, [parameter.data]), row.hf_names(number), strict=True):
+            other = reference.get_parameter(hf_name)
+            if row.module is not None:
+                other, compared = dequantize_4bit(other.data, other.quant_state), compared + 1
+            assert torch.equal(part, other), hf_name
+    assert compared == 4 * 7
+
+
+def test_a_training_run_saves_an_adapter_that_goes_on(folder: Path, tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path)
+    config = make_config(workspace, save__save=tmp_path / "save", runtime__qlora=True, train_iters=3)
+    text = run_training(config)
+    assert "runtime.qlora: True" in text
+    assert all(bool(value.isfinite().all()) for value in saved_parameters(tmp_path / "save").values())
+    plain = make_config(workspace, save__save=tmp_path / "plain", train_iters=3)
+    run_training(plain)
+    assert losses(tmp_path / "plain")[0] != losses(tmp_path / "save")[0]
+
+
+def test_4_bits_are_held(folder: Path) -> None:
+    storage = BaseStorage(single_process_context(), Nf4(), False)
+    build_engine(folder, make_storage=lambda: storage)
+    whole = sum(weight.numel() for layer in storage.layers for weight in layer.weights)
+    assert sum(held.nbytes for layer in storage.layers for held in layer.holders) == whole * 0.5625
+
+
+def test_an_npu_has_no_kernels_and_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"no kernels for Ascend NPUs; use --bf16 with --fsdp-base"):
+        check_nf4("npu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MindSpeedLoraError, match=r"--qlora needs bitsandbytes.*pip install 'mindspeed_lora\[qlora\]'"):
+        check_nf4("cpu")
