@@ -90,10 +90,11 @@ def _prepare(config: EvaluationConfig, name: str, path: Any, shared: bool) -> Jo
     if config.max_new_tokens is not None and not benchmark.generates:
         get_logger().info(f"note: --max-new-tokens has no effect on {name}: it compares log-likelihoods and generates nothing")
     settings = benchmark.tasks(path, config.num_fewshot)
-    return Job(name, lambda: _from_settings(settings), benchmark.metric, benchmark.filter)
+    return Job(name, lambda: from_settings(settings), benchmark.metric, benchmark.filter)
 
 
-def _from_settings(settings: list[TaskSettings]) -> dict[str, Any]:
+def from_settings(settings: list[TaskSettings]) -> dict[str, Any]:
+    """lm_eval's tasks of these settings; a new dictionary, and new tasks, at each call."""
     from lm_eval.tasks import TaskManager
 
     with only_our_output():
