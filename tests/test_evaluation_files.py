@@ -178,3 +178,17 @@ def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "HumanEval.jsonl.gz").write_bytes(b"no gzip")
     with pytest.raises(DataError, match=r"HumanEval.jsonl.gz: not readable"):
         BENCHMARKS["human_eval"].tasks(tmp_path, 0)
+
+
+def test_the_page_has_the_table_of_benchmarks() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.count("|") == 8]
+    table = {row[0].split()[0]: row for row in rows[2:]}
+    assert table.keys() == BENCHMARKS.keys()
+    for name, benchmark in BENCHMARKS.items():
+        title = f"{name} ({', '.join(benchmark.also)})" if benchmark.also else name
+        score = benchmark.metric if benchmark.filter == "none" else f"{benchmark.metric}, {benchmark.filter}"
+        files = benchmark.files.replace("<", "&lt;").replace(">", "&gt;")
+        row = table[name]
+        assert row[:5] == [title, files, benchmark.lm_eval, score, str(benchmark.num_fewshot)] and row[6] == benchmark.source
+        assert ("generated" in row[5]) == benchmark.generates and ("run" in row[5]) == benchmark.runs_code
