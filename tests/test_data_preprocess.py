@@ -176,16 +176,17 @@ def test_enable_thinking(tokenizer_dir: Path, tmp_path: Path, mode: str | None, 
     assert dataset.manifest.template["enable_thinking"] == (mode or "none")
 
 
-def test_long_records_are_cut_or_dropped(tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_long_records_are_cut_and_kept(tokenizer_dir: Path, tmp_path: Path) -> None:
     records = [{"instruction": "a", "output": "b"}, {"instruction": "x " * 80, "output": "y " * 80}, {"instruction": "c", "output": "d"}]
     report, dataset = run(records, tokenizer_dir, tmp_path, seq_length=64)
     assert dataset.lengths.tolist()[1] == 63  # the newer rule keeps one token free
     assert report.notes["records cut to --seq-length"] == 1
     assert report.notes["turns without a stop token at the end"] == 1
     report, dataset = run(records, tokenizer_dir, tmp_path, seq_length=64, prompt_type="llama2")
-    assert len(dataset) == report.num_written == 2  # the older rule fills 64, which is dropped
-    assert report.num_skipped == {"64 tokens or more (--seq-length)": 1}
-    assert dataset.input_ids.document_boundaries.tolist() == [0, 1, 1, 2]  # and keeps an empty document
+    assert dataset.lengths.tolist()[1] == 63  # the older rule fills 64, which the peer then drops
+    report, dataset = run(records, tokenizer_dir, tmp_path, seq_length=64, append_eod=True)
+    assert dataset.lengths.tolist()[1] == 63  # and so it does here, with the eod that comes after the cut
+    assert dataset[1][1][-1] == load_tokenizer(TokenizerFlags(tokenizer_dir)).eos_token_id
 
 
 def test_append_eod(tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ BAD: list[tuple[dict[str, Any], Any, type[Exception], str]] = [
         DataError,
         r"none of 1 records could be used, nothing is written\n.*no answer \(record 1\)",
     ),
-    ({"seq_length": 4, "prompt_type": "llama2"}, None, DataError, r"none of 12 records .*\n.*12: 4 tokens or more"),
+    ({"seq_length": 2, "prompt_type": "llama2"}, None, DataError, r"none of 12 records .*\n.*12: no token to train"),
     ({"map_keys": {"propmt": "instruction"}}, None, UsageError, r"--map-keys: unknown key 'propmt'; known are prompt, query, response"),
     ({"map_keys": {"prompt": 3}}, None, UsageError, r"--map-keys: prompt is 3; give the name of a column"),
     (

@@ -131,10 +131,11 @@ class InstructionForm(Form):
     def rows(self, ids: Sequence[list[int]], notes: Counter[str]) -> list[Row]:
         """Input ids and labels of the conversation, cut to the length."""
         pairs = list(zip(ids[::2], ids[1::2], strict=True))
-        cut = cut_turns(pairs, self.recipe.seq_length or DEFAULT_CUTOFF, self.template.cut_rule)
+        efficient_eos = self.eos if self.template.efficient_eos else []
+        end = [*efficient_eos, *self.eod]
+        cut = self._cut(pairs, len(end))
         input_ids: list[int] = []
         labels: list[int] = []
-        efficient_eos = self.eos if self.template.efficient_eos else []
         for number, (source, target) in enumerate(cut):
             input_ids += source
             input_ids += target
@@ -144,12 +145,20 @@ class InstructionForm(Form):
             labels += hidden
             labels += target
             notes["turns without a stop token at the end"] += bool(target) and not efficient_eos and not self._stops.ends(target)
-        end = [*efficient_eos, *self.eod]
         input_ids += end
         labels += end
         longest = self.recipe.seq_length - 1 if self.recipe.seq_length and self.recipe.cut_rest else len(input_ids)
         notes["records cut to --seq-length"] += _count(cut) != _count(pairs) or len(input_ids) > longest
         return [(input_ids[:longest], labels[:longest])]
+
+    def _cut(self, pairs: list[Pair], num_end: int) -> list[Pair]:
+        """Cut by the peer's rule; where that leaves what the peer drops (``--seq-length`` tokens with the end), cut to one fewer."""
+        limit, rule = self.recipe.seq_length or DEFAULT_CUTOFF, self.template.cut_rule
+        cut = cut_turns(pairs, limit, rule)
+        room = limit - 1 - num_end
+        if _count(cut) <= room or self.recipe.seq_length is None:
+            return cut
+        return cut_turns(pairs, room + (rule == "halves"), rule)
 
 
 class PairwiseForm(Form):
