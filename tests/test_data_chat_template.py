@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,19 @@ def test_a_tokenizer_without_the_templates_tokens(name: str, folder: Path) -> No
     with pytest.raises(UsageError, match=f"--prompt-type {name} needs the tokens .*which the tokenizer at .* lacks") as caught:
         open_template(TemplateFlags(name), tokenizer)
     assert token[name] in str(caught.value)
+
+
+def test_another_eos_than_the_chat_models_is_told(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A base model's tokenizer: its eos is not what ends a turn of the chat model."""
+    logging.getLogger("mindspeed_lora").propagate = True
+    base = load_tokenizer(TokenizerFlags(folder))
+    base.eos_token = "<|endoftext|>"
+    base.save_pretrained(tmp_path / "base")
+    source = write_json(tmp_path / "in.json", alpaca_records(2))
+    for name, told in (("qwen", True), ("qwen3", False), ("default", False)):
+        caplog.clear()
+        write_dataset(PreprocessConfig(source, tmp_path / name, TokenizerFlags(tmp_path / "base"), TemplateFlags(name)))
+        assert ("end an answer with <|im_end|>, but the tokenizer at" in caplog.text) == told
 
 
 def test_a_tokenizer_without_eos(folder: Path) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from mindspeed_lora.data.rendering import Element, Token
 from mindspeed_lora.data.templates import TEMPLATES_PATH, load_template
@@ -122,6 +126,24 @@ def test_the_table_has_every_shipped_template() -> None:
 def test_two_turns_with_a_system_text(name: str) -> None:
     turns = load_template(name).render(TALK, "S")
     assert "".join(f"{text(source)}«{text(target)}»" for source, target in turns) == BY_NAME[name]
+
+
+def test_the_file_travels_with_the_package_and_lies_at_the_peers_path(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    assert (ROOT / "configs" / "finetune" / "templates.json").read_bytes() == TEMPLATES_PATH.read_bytes()
+    built = [
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "build_py",
+        "--build-lib",
+        str(tmp_path / "lib"),
+        "egg_info",
+        "--egg-base",
+        str(tmp_path),
+    ]
+    subprocess.run(built, cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "lib" / "mindspeed_lora" / "data" / "templates.json").read_bytes() == TEMPLATES_PATH.read_bytes()
 
 
 @pytest.mark.parametrize("name", BY_NAME)

@@ -138,8 +138,8 @@ def _check_use(config: PreprocessConfig, name: str, handler: Handler) -> None:
 def _warn_about(template: ConversationTemplate, tokenizer: PreTrainedTokenizerBase) -> None:
     if not template.has_stop:
         get_logger().warning(f"template {template.name!r} ends no answer with a stop token: a model trained on it does not learn to stop")
-    if isinstance(template, Template) and template.replace_eos and template.stop_words[:1] != (tokenizer.eos_token,):
+    if isinstance(template, Template) and template.eos_stands_for not in (None, tokenizer.eos_token):
         get_logger().warning(
-            f"the chat models of template {template.name!r} end an answer with {template.stop_words[0]}, but the tokenizer at "
+            f"the chat models of template {template.name!r} end an answer with {template.eos_stands_for}, but the tokenizer at "
             f"{tokenizer.name_or_path} has the eos token {tokenizer.eos_token}, which is what the template's eos becomes"
         )

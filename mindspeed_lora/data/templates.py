@@ -89,6 +89,11 @@ class Template(ConversationTemplate):
         tail = "".join(element for element in self.assistant if isinstance(element, str)).split("{{content}}")[-1]
         return self.efficient_eos or _EOS in self.assistant or any(word in tail for word in self.stop_words)
 
+    @property
+    def eos_stands_for(self) -> str | None:
+        """What the family's chat models end an answer with, where this template writes the tokenizer's eos for it."""
+        return self.stop_words[0] if self.replace_eos and self.stop_words and _EOS in self.assistant else None
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all that makes the text."""
         fields = {key: value for key, value in asdict(self).items() if key not in ("name", "replace_eos")}
