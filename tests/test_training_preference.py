@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from training_helpers import change, make_config, make_workspace, run_training, 
 
 from mindspeed_lora.arguments.configs import PreferenceFlags, TrainConfig
 from mindspeed_lora.data.pairs import open_pair_dataset
+from mindspeed_lora.training.preference import PreferenceLoss
 from mindspeed_lora.weights.families import model_config_from_hf
 from mindspeed_lora.weights.table import WeightTable
 
@@ -197,3 +199,18 @@ def test_losses_and_gradients_equal_trl(pool: ProcessPool, workspace: Path, tmp_
     outcomes = pool.run(run_cell, NAMED[layout].world_size, config, 1)
     table = WeightTable(model_config_from_hf(workspace / "model"))
     check(outcomes, workspace, float(loss.detach()), oracle_gradients(policy, table, lora))
+
+
+def test_values_of_two_pairs_by_hand() -> None:
+    """Chosen -1 against -3, rejected -2 against -1; then chosen -4 against -2, rejected -5 against -4; a third pair does not count."""
+    loss = PreferenceLoss(PreferenceFlags(beta=0.5))
+    policy = torch.tensor([1.0, 4.0, 0.0, 2.0, 5.0, 0.0])
+    reference = torch.tensor([3.0, 2.0, 0.0, 1.0, 4.0, 0.0])
+    tokens = torch.tensor([2.0, 2.0, 0.0, 2.0, 2.0, 3.0])
+    targets = torch.stack([reference, tokens, torch.full((6,), 0.5)], dim=1)
+    values = loss.values(policy, targets).tolist()
+    expected = [(math.log1p(math.exp(-1.5)) + math.log1p(math.exp(0.5))) / 2, 0.5, (1.0 - 1.0) / 2, (-0.5 - 0.5) / 2, (1.5 - 0.5) / 2]
+    assert values == pytest.approx(expected)
+    assert float(loss(policy, targets)) == pytest.approx(expected[0])
+    first_only = loss.values(policy[[0, 3]], targets[[0, 3]]).tolist()
+    assert first_only[1] == 0.5, "the chosen answer's reward 1.0 is above the rejected one's -0.5: the whole weight of the pair"
