@@ -9,23 +9,35 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: torchrun sends it to the processes that are left once one has died."""
+
+
+KINDS = (signal.SIGINT, signal.SIGTERM)
+
+
+def ignore_signals() -> None:
+    """What is left to do is writing; outside the main thread, where signals do not arrive, nothing changes."""
+    if threading.current_thread() is threading.main_thread():
+        for kind in KINDS:
+            signal.signal(kind, signal.SIG_IGN)
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """The first SIGINT or SIGTERM raises KeyboardInterrupt, further ones do nothing: torchrun sends several, and kills after 30 s.
+    """The first SIGINT raises KeyboardInterrupt, SIGTERM Terminated; further ones do nothing: torchrun sends several, and kills after 30 s.
 
     Outside the main thread, where signals do not arrive, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    kinds = (signal.SIGINT, signal.SIGTERM)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for kind in kinds:
-            signal.signal(kind, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        ignore_signals()
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    before = {kind: signal.signal(kind, stop) for kind in kinds}
+    before = {kind: signal.signal(kind, stop) for kind in KINDS}
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from transformers import StoppingCriteria
 
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.evaluation.batching import BatchRule
+from mindspeed_lora.evaluation.interrupt import ignore_signals
 from mindspeed_lora.evaluation.replicas import Replicas
 from mindspeed_lora.evaluation.scoring import RowScores, answers_of, make_batches, plan_rows, score_batches
 from mindspeed_lora.inference.channel import RankDied
@@ -114,6 +115,7 @@ class ParallelLM(TemplateLM):
         try:
             self._replicas.map(kind, batches, take)
         except (KeyboardInterrupt, RankDied) as error:
+            ignore_signals()  # torchrun ends the other ranks as soon as it sees that one died
             self.stopped_by = error
 
     @property

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 from mindspeed_lora.arguments.configs import EvaluationConfig
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.evaluation.batching import BatchRule, Room, measure_room
-from mindspeed_lora.evaluation.interrupt import interruptible
+from mindspeed_lora.evaluation.interrupt import Terminated, interruptible
 from mindspeed_lora.evaluation.jobs import FEWSHOT_SEED, Job, JobResult, prepare_jobs, run_job
 from mindspeed_lora.evaluation.results import (
     BASE_RESULTS_NAME,
@@ -37,7 +37,7 @@ from mindspeed_lora.evaluation.results import (
     write_samples,
 )
 from mindspeed_lora.evaluation.statistics import Comparison
-from mindspeed_lora.inference.channel import StoppedElsewhere
+from mindspeed_lora.inference.channel import RankDied, StoppedElsewhere
 from mindspeed_lora.inference.session import Session, lead, open_session
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.parallel.collectives import gather_objects
@@ -128,6 +128,8 @@ def _score_all(config: EvaluationConfig, session: Session, lm: ParallelLM, jobs:
             lm.use_adapter(False)
             report.add_base(_score(config, session, lm, job))
         report.write()
+        if isinstance(lm.stopped_by, Terminated):
+            raise RankDied("SIGTERM: another process of this run has died or was ended (torchrun says which), or somebody ended the run")
         if lm.stopped_by is not None:
             raise lm.stopped_by
 
