@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from mindspeed_lora.arguments.configs import ArchitectureFlags, RecomputeFlags
-from mindspeed_lora.checkpoint.load import base_name, load_base
-from mindspeed_lora.checkpoint.resolve import resolve_model_config
+from mindspeed_lora.checkpoint.load import base_name, load_adapter, load_base
+from mindspeed_lora.checkpoint.resolve import resolve_lora, resolve_model_config
 from mindspeed_lora.lora.inject import inject_lora
 from mindspeed_lora.model.stage import GPTStage, build_stage_modules
 from mindspeed_lora.parallel.context import ParallelContext, single_process_context
 from mindspeed_lora.parallel.on_demand import BaseStorage
 from mindspeed_lora.weights.lora_spec import LoraSpec
-from mindspeed_lora.weights.sources import open_base
+from mindspeed_lora.weights.sources import open_adapter, open_base
 from mindspeed_lora.weights.table import Row, WeightTable
 
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -42,8 +42,9 @@ def build_engine(
     recompute: RecomputeFlags | None = None,
     random_b: bool = True,
     make_storage: Callable[[], BaseStorage] | None = None,
+    adapter: Path | None = None,
 ) -> Engine:
-    """Load ``folder`` at the context's layout; LoRA's B gets values (a zero B hides mistakes in A's path)."""
+    """Load ``folder`` at the context's layout; LoRA's B gets values (a zero B hides mistakes in A's path), or those of ``adapter``."""
     context = context or single_process_context()
     base = open_base(folder)
     config = resolve_model_config(base, ArchitectureFlags(), context.tp_size)
@@ -55,6 +56,13 @@ def build_engine(
             if random_b:
                 fill_b(stage, table, context)
     load_base(stages, base, table, context)
+    if adapter is not None:
+        opened = open_adapter(adapter)
+        spec = resolve_lora(None, opened, table)
+        assert spec is not None
+        for stage in stages:
+            inject_lora(stage, table, spec, context, fusion)
+        load_adapter(stages, opened, table, context)
     return Engine(stages, table, context)
 
 

@@ -10,6 +10,7 @@ from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.weights.config import ModelConfig, check_can_run
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.sources import Adapter, Base
+from mindspeed_lora.weights.table import WeightTable
 
 DEFAULT_R, DEFAULT_ALPHA = 16, 32.0
 
@@ -68,7 +69,7 @@ def resolve_model_config(base: Base, flags: ArchitectureFlags, tensor_parallel_s
     return replace(config, padded_vocab_size=-(-padded // tensor_parallel_size) * tensor_parallel_size)
 
 
-def resolve_lora(flags: LoraFlags | None, adapter: Adapter | None) -> LoraSpec | None:
+def resolve_lora(flags: LoraFlags | None, adapter: Adapter | None, table: WeightTable) -> LoraSpec | None:
     """r, alpha and targets: the adapter's own where there is one, else the flags', else r 16 and alpha 32.
 
     Returns None for a run without LoRA.
@@ -85,7 +86,7 @@ def resolve_lora(flags: LoraFlags | None, adapter: Adapter | None) -> LoraSpec |
                 "LoRA flags without --lora-target-modules: name the layers to adapt, e.g. linear_qkv linear_proj linear_fc1 linear_fc2"
             )
         return LoraSpec(passed.r or DEFAULT_R, DEFAULT_ALPHA if passed.alpha is None else passed.alpha, passed.targets)
-    known = adapter.lora
+    known = adapter.spec(table)
     if known is None:
         if passed.r is None or passed.alpha is None or not passed.targets:
             raise UsageError(
@@ -94,7 +95,8 @@ def resolve_lora(flags: LoraFlags | None, adapter: Adapter | None) -> LoraSpec |
         return LoraSpec(passed.r, passed.alpha, passed.targets)
     for flag, value, found in (("--lora-r", passed.r, known.r), ("--lora-alpha", passed.alpha, known.alpha)):
         if value is not None and value != found:
-            raise _disagree(flag, value, f"--lora-load {adapter.path}", found, flag.removeprefix("--lora-"))
+            said = f"{found:g}" + (" (and others in some of its linears)" if known.modules else "")
+            raise _disagree(flag, value, f"--lora-load {adapter.path}", said, flag.removeprefix("--lora-"))
     if passed.targets and set(passed.targets) != set(known.targets):
         raise _disagree(
             "--lora-target-modules", " ".join(passed.targets), f"--lora-load {adapter.path}", " ".join(known.targets), "targets"

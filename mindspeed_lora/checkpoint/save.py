@@ -148,7 +148,7 @@ def _manifest(target: SaveTarget, folder: Path, state: TrainerState, table: Weig
         model=asdict(target.config),
         layout=asdict(target.layout),
         dtype=str(target.dtype).removeprefix("torch."),
-        lora={"r": target.lora.r, "alpha": target.lora.alpha, "targets": list(target.lora.targets)} if target.lora else None,
+        lora=target.lora.entry() if target.lora else None,
         base=target.base,
         fingerprint=None if target.lora_only else open_base(folder).fingerprint(table),
         iteration=state.iteration,

@@ -89,9 +89,8 @@ def report(found: Forecast) -> int:
 def peak_memory(stream: WeightStream, table: WeightTable) -> int:
     """About how many bytes the conversion will hold at most: what the process holds now, and the largest row's tensors.
 
-    Embedding and head pass in blocks. Another row is held as it lies in the source (mapped), once more where it is joined, cut or cast,
-    and a merge adds one part in fp32;
-    a Megatron source also keeps up to :func:`mapped_bytes_limit` of pages that were read before.
+    Embedding and head pass in blocks, and so does a merge's fp32. Another row is held as it lies in the source (mapped), and once more
+    where it is joined, cut or cast; a Megatron source also keeps up to :func:`mapped_bytes_limit` of pages that were read before.
     """
     largest = max(_row_bytes(stream, row, layer) for row, layer in table.entries() if not row.padded)
     return resident_bytes() + largest + _mapped_bytes(stream.base, stream.adapter)
@@ -101,8 +100,7 @@ def _row_bytes(stream: WeightStream, row: Row, layer: int | None) -> int:
     sizes = [prod(shape) for shape in row.part_shapes]
     source = sum(size * dtype.itemsize for size, dtype in zip(sizes, stream.base.part_dtypes(row, layer), strict=True))
     target = sum(size * dtype.itemsize for size, dtype in zip(sizes, stream.part_dtypes(row, layer), strict=True))
-    merged = stream.lora is not None and row.module in stream.lora.targets
-    return source + target + (2 * 4 * max(sizes) if merged else 0)
+    return source + target
 
 
 def _mapped_bytes(base: Base, adapter: Adapter | None) -> int:

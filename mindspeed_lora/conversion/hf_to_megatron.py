@@ -24,7 +24,7 @@ from mindspeed_lora.weights.megatron_files import (
     rank_directory_name,
     write_tracker,
 )
-from mindspeed_lora.weights.placement import expert_tensor_size, place_layers, stage_ranks
+from mindspeed_lora.weights.placement import place_layers, row_cut, stage_ranks
 from mindspeed_lora.weights.table import Row, WeightTable
 from mindspeed_lora.weights.torch_stream import Data, TensorSpec, save_streamed
 
@@ -63,10 +63,7 @@ class _RankWriter:
         self.chunks = _stage_chunks(table, layout, stage, rank)
 
     def _cut(self, row: Row) -> tuple[int, int]:
-        """(rank, size) of the group over which a row is cut."""
-        if row.expert is not None and expert_tensor_size(self.layout) == 1:
-            return 0, 1
-        return self.tp_rank, self.layout.tensor_parallel_size
+        return row_cut(self.layout, row, self.tp_rank)
 
     def _spec(self, row: Row, layer: int | None) -> TensorSpec:
         if isinstance(row, GroupRow):

@@ -125,6 +125,8 @@ def _describe_adapter(folder: Path, verify: bool) -> Iterator[Line]:
         yield "weights", "the base model's config.json is not here, so there is no weight table to compare with"
         return
     adapter.check_coverage(table)
+    if (spec := adapter.spec(table)) is not None and spec.modules:
+        yield "linears", spec.describe()
     yield "coverage", "every targeted module of the weight table has its A and B, and there is no other"
     yield "", "\n" + table.describe()
 

@@ -2,6 +2,7 @@
 
 What the cast takes away from the adapter is measured: with delta = scale B A and merged the stored result,
 share = |merged - (W + delta)| / |delta| in fp32 (Frobenius norms over all tensors of a module kind); 0 where fp32 is stored.
+|B A|^2 = sum((B^T B) * (A A^T)) needs r x r numbers only; the rest is done in blocks of rows that stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from dataclasses import dataclass, field
 import torch
 
 from mindspeed_lora.errors import CheckpointError
+from mindspeed_lora.weights.lora_blocks import Pair, module_of, part_scales
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.sources import Adapter, Base
 from mindspeed_lora.weights.table import Row
 
 _BLOCK_BYTES = 1 << 25  # of an embedding or head, in memory at a time
+_CACHED_BYTES = 1 << 19  # of each of the two fp32 buffers of a merge: both fit a core's second-level cache
 
 
 @dataclass
@@ -58,44 +61,40 @@ class WeightStream:
         return [self.dtype or dtype for dtype in self.base.part_dtypes(row, layer)]
 
     def parts(self, row: Row, layer: int | None) -> list[torch.Tensor]:
-        """The HF parts of one row, merged where the adapter targets it, each cast once.
+        """The HF parts of one row, merged where the adapter adapts it, each cast once.
 
         Raises:
             CheckpointError: one holds NaN or infinity (looked for when a row is read for the first time).
         """
         unseen = (row.megatron, layer) not in self.report.seen
         self.report.seen.add((row.megatron, layer))
-        parts = self._parts(row, layer, unseen)
-        if unseen:
-            for name, part in zip(row.hf_names(layer), parts, strict=True):
-                self._check_finite(name, part)
+        pairs, scales = self._adapter_of(row, layer)
+        stored = zip(row.hf_names(layer), self.base.parts(row, layer), self.part_dtypes(row, layer), strict=True)
+        parts = []
+        for (name, part, dtype), pair, scale in zip(stored, pairs, scales, strict=True):
+            if pair is None:
+                result = part.to(dtype)
+            else:
+                result, delta, lost = merged(part, pair, scale, dtype)
+                if unseen:
+                    self.report.add(row, delta, lost)
+            if unseen and (pair is None or not math.isfinite(lost)):  # a finite difference from what is finite: nothing to look for
+                self._check_finite(name, result)
+            parts.append(result)
         return parts
+
+    def _adapter_of(self, row: Row, layer: int | None) -> tuple[list[Pair | None], list[float]]:
+        """A and B of each HF part (None: not adapted) and their scales."""
+        module = module_of(self.lora, row, layer) if self.lora is not None else None
+        if self.adapter is None or self.lora is None or module is None:
+            return [None] * len(row.hf), [0.0] * len(row.hf)
+        return self.adapter.pairs(row, layer), part_scales(self.lora, module, len(row.hf))
 
     def _check_finite(self, name: str, part: torch.Tensor) -> None:
         smallest, largest = torch.aminmax(part)  # both are NaN where any element is
         if not (math.isfinite(smallest) and math.isfinite(largest)):
             cause = ", or does after the merge or the cast" if self.adapter is not None or self.dtype is not None else ""
             raise CheckpointError(f"{self.base.path}: tensor {name} holds NaN or infinity{cause}; nothing is written")
-
-    def _parts(self, row: Row, layer: int | None, unseen: bool) -> list[torch.Tensor]:
-        parts, dtypes = self.base.parts(row, layer), self.part_dtypes(row, layer)
-        if self.adapter is None or self.lora is None or row.module not in self.lora.targets:
-            return [part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
-        matrix_a, matrices_b = self.adapter.lora_parts(row, layer)
-        matrix_a = matrix_a.float()
-        merged = []
-        scales = self.adapter.part_scales(row, layer, self.lora)
-        for part, matrix_b, dtype, scale in zip(parts, matrices_b, dtypes, scales, strict=True):
-            if not scale:
-                merged.append(part.to(dtype))
-                continue
-            total = (matrix_b.float() @ matrix_a).mul_(scale)  # one buffer: delta, then the sum, then what the cast loses
-            delta = _squared_norm(total) if unseen else 0.0
-            result = total.add_(part).to(dtype, copy=True)
-            if unseen:
-                self.report.add(row, delta, _squared_norm(total.sub_(result)))
-            merged.append(result)
-        return merged
 
     def vocabulary_blocks(self, row: Row, start: int, stop: int) -> Iterator[torch.Tensor]:
         """Rows ``start`` to ``stop`` of an embedding or head (LoRA targets neither), a block at a time, each cast once."""
@@ -107,5 +106,25 @@ class WeightStream:
             yield block
 
 
-def _squared_norm(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor)) ** 2
+def merged(weight: torch.Tensor, pair: Pair, scale: float, dtype: torch.dtype) -> tuple[torch.Tensor, float, float]:
+    """``W + scale * B A`` of one HF part in fp32, cast once to ``dtype``; and the squared norms of the change and of what the cast took.
+
+    The last is infinite or NaN where the result, or the sum before the cast, is.
+    """
+    matrix_a, matrix_b = (matrix.float() for matrix in pair)
+    rows, width = weight.shape
+    result = torch.empty(rows, width, dtype=dtype)
+    step = max(_CACHED_BYTES // (4 * width), 1)
+    sums, casts = torch.empty(2, min(step, rows), width).unbind()
+    lost = 0.0
+    for start in range(0, rows, step):
+        block = slice(start, min(start + step, rows))
+        length = block.stop - start
+        total, other = sums[:length], casts[:length]
+        torch.mm(matrix_b[block], matrix_a, out=total)
+        total.mul_(scale).add_(other.copy_(weight[block]))
+        result[block] = total
+        flat = total.sub_(other.copy_(result[block])).view(-1)
+        lost += float(torch.dot(flat, flat))
+    gram = (matrix_b.T @ matrix_b).double() * (matrix_a @ matrix_a.T).double()
+    return result, max(scale * scale * float(gram.sum()), 0.0), lost

@@ -200,19 +200,19 @@ def find_adapter(config: ConvertConfig, base: Base, table: WeightTable) -> tuple
         )
     else:
         return None, None
-    lora = adapter_values(config, adapter)
+    lora = adapter_values(config, adapter, table)
     check_adapter_base(adapter, base)
-    adapter.check_coverage(table)
     return adapter, lora
 
 
-def adapter_values(config: ConvertConfig, adapter: Adapter) -> LoraSpec:
+def adapter_values(config: ConvertConfig, adapter: Adapter, table: WeightTable) -> LoraSpec:
     """r, alpha and targets, agreed between flags and adapter, and with the adapter's tensors.
 
     Raises:
         UsageError: they disagree, or nobody says them.
+        CheckpointError: the adapter does not fit the model of ``table``.
     """
-    lora = resolve_lora(config.lora, adapter)
+    lora = resolve_lora(config.lora, adapter, table)
     if lora is None:
         raise UsageError(
             f"--lora-load {adapter.path}: r, alpha and targets are unknown; pass --lora-r, --lora-alpha and --lora-target-modules"
@@ -223,4 +223,5 @@ def adapter_values(config: ConvertConfig, adapter: Adapter) -> LoraSpec:
         raise UsageError(
             f"--lora-target-modules {' '.join(lora.targets)}, but the tensors of {adapter.path} are of {' '.join(adapter.found_targets)}"
         )
+    adapter.check_coverage(table)
     return lora

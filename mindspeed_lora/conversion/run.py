@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.manifest import Manifest, part_of, write_manifest
 from mindspeed_lora.weights.families import check_model_type, model_config_from_hf
-from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.lora_blocks import adapted_entries
 from mindspeed_lora.weights.peft_files import write_peft_adapter
 from mindspeed_lora.weights.sources import open_adapter, open_base
 from mindspeed_lora.weights.table import WeightTable
@@ -68,11 +67,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def lora_entry(lora: LoraSpec) -> dict[str, Any]:
-    """The ``lora`` field of a manifest."""
-    return {"r": lora.r, "alpha": lora.alpha, "targets": list(lora.targets)}
-
-
 def _write_manifest(staging: Path, config: ConvertConfig, plan: Plan) -> str:
     """Open what was just written as any reader would, and describe it; returns its fingerprint."""
     written = open_base(staging, config.save_model_type)
@@ -87,7 +81,7 @@ def _write_manifest(staging: Path, config: ConvertConfig, plan: Plan) -> str:
         model=asdict(plan.model),
         layout=asdict(plan.layout) if config.save_model_type == "mg" else None,
         dtype=_name(written.dtype),
-        lora=lora_entry(plan.lora) if plan.lora else None,
+        lora=plan.lora.entry() if plan.lora else None,
         base=base,
         fingerprint=fingerprint,
         parts=[part_of(staging, file) for file in files],
@@ -100,14 +94,7 @@ def _write_manifest(staging: Path, config: ConvertConfig, plan: Plan) -> str:
 def _report(target: Path, plan: Plan, rounding: RoundingReport, copied: list[str], fingerprint: str) -> None:
     logger = get_logger()
     if plan.adapter is not None and plan.lora is not None:
-        logger.info(
-            "merged %s (r %d, alpha %g, %s) into %s",
-            plan.adapter.path,
-            plan.lora.r,
-            plan.lora.alpha,
-            " ".join(plan.lora.targets),
-            plan.base.path,
-        )
+        logger.info("merged %s (%s) into %s", plan.adapter.path, plan.lora.describe(), plan.base.path)
         for name, share in rounding.shares().items():
             logger.info("  %s: the cast rounded away %.3g%% of the adapter's change", name, 100 * share)
         if rounding.changes_nothing:
@@ -125,8 +112,6 @@ def _report(target: Path, plan: Plan, rounding: RoundingReport, copied: list[str
 def export_adapter(config: ConvertConfig) -> int:
     """``--save-lora-to-hf``: write the adapter of --lora-load (or --load-dir) as a PEFT folder."""
     adapter = open_adapter(config.lora_load or config.load_dir)
-    adapter.require_uniform("export it")
-    lora = adapter_values(config, adapter)
     candidates = config_candidates(config, config.load_dir)
     if not candidates:
         raise CheckpointError(
@@ -136,9 +121,9 @@ def export_adapter(config: ConvertConfig) -> int:
     model = model_config_from_hf(folder)
     check_model_type(config.model_type_hf, model)
     table = WeightTable(model)
-    adapter.check_coverage(table)
+    lora = adapter_values(config, adapter, table)
     target = hf_target(config.save_dir)
-    tensors = {(row, layer): adapter.lora_parts(row, layer) for row, layer in table.target_entries(lora.targets)}
+    tensors = {(row, layer): adapter.lora_parts(row, layer) for row, layer, _ in adapted_entries(table, lora)}
     base_path = (adapter.base_reference or {}).get("path") or str(folder)
     if config.dry_run:
         return report(forecast(target, lambda staging: write_peft_adapter(staging, table, lora, tensors, base_path), resident_bytes()))
@@ -150,11 +135,11 @@ def export_adapter(config: ConvertConfig) -> int:
             Manifest(
                 kind="adapter",
                 model=asdict(model),
-                lora=lora_entry(lora),
+                lora=lora.entry(),
                 base=dict(adapter.base_reference) if adapter.base_reference else None,
                 iteration=adapter.iteration,
                 parts=[part_of(staging, file) for file in files],
             ),
         )
-    get_logger().info("wrote %s: PEFT adapter, r %d, alpha %g, %d modules (config from %s)", target, lora.r, lora.alpha, len(tensors), flag)
+    get_logger().info("wrote %s: PEFT adapter, %s; %d modules (config from %s)", target, lora.describe(), len(tensors), flag)
     return 0

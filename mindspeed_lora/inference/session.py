@@ -126,15 +126,17 @@ def _load(config: InferenceConfig | EvaluationConfig, context: ParallelContext, 
             "LoRA flags without an adapter: --lora-load is missing, and --load holds none; pass --lora-load or leave the flags out"
         )
     model = resolve_model_config(base, config.architecture, context.tp_size)
-    spec = resolve_lora(config.lora, adapter)
+    table = WeightTable(model)
+    if adapter is not None:
+        check_adapter_base(adapter, base)
+        adapter.check_coverage(table)
+    spec = resolve_lora(config.lora, adapter, table)
     dtype = resolve_dtype(config.runtime.params_dtype, base)
     tokenizer = load_tokenizer(config.tokenizer, base.config_dir)
     manifest = adapter.manifest if adapter is not None else base.manifest
     where = str(base.path if adapter is None else adapter.path)
     _check_tokenizer(tokenizer, None if manifest is None else manifest.tokenizer, where)
     prompt_format = _prompt_format(config, tokenizer, None if manifest is None else manifest.template, where)
-    if adapter is not None:
-        check_adapter_base(adapter, base)
     stage = _build(config, context, model, dtype, spec, base, adapter) if with_weights else None
     max_length, source = _max_length(config, model)
     return Session(
@@ -269,12 +271,11 @@ def _describe(
     adapter: Adapter | None,
 ) -> dict[str, Any]:
     layout = {name: getattr(context, name) for name in ("tp_size", "pp_size", "dp_size")}
-    lora = None if spec is None else {"r": spec.r, "alpha": spec.alpha, "targets": list(spec.targets)}
     manifest = base.manifest if adapter is None else adapter.manifest
     return {
         "load": str(config.load.load),
         "lora_load": None if config.load.lora_load is None else str(config.load.lora_load),
-        "lora": lora,
+        "lora": None if spec is None else spec.entry(),
         "lora_iteration": None if adapter is None else adapter.iteration,
         "base_fingerprint": base.fingerprint() if context.rank == 0 else None,
         "dtype": str(dtype).removeprefix("torch."),

@@ -24,6 +24,8 @@ from mindspeed_lora.parallel.collectives import all_gather_dim0, all_reduce, red
 from mindspeed_lora.parallel.context import ParallelContext
 
 Grads = tuple[torch.Tensor | None, ...]
+Scale = float | torch.Tensor
+"""s of the formulas; where the parts of a fused linear differ in it, one value for each of A's rows, fp32 ``[r]``."""
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -31,10 +33,32 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _add_low_rank(y: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, scale: float) -> torch.Tensor:
+def scaled(u: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """``scale * u`` in u's dtype; u ``[..., r]``."""
+    return (u * scale).to(u.dtype)
+
+
+def _add_low_rank(y: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, scale: Scale) -> torch.Tensor:
     """``y += scale * u weight`` in place; y ``[..., k]``, u ``[..., r]``, weight ``[r, k]``."""
-    y.view(-1, y.shape[-1]).addmm_(_rows(u), weight, alpha=scale)
+    u, factor = (u, scale) if isinstance(scale, float) else (scaled(u, scale), 1.0)
+    y.view(-1, y.shape[-1]).addmm_(_rows(u), weight, alpha=factor)
     return y
+
+
+class KeepBlocks(torch.autograd.Function):
+    """B as it is; its gradient only where ``mask`` is true."""
+
+    @staticmethod
+    def forward(ctx: Any, b: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """b ``[out, r]``, mask bool ``[out, r]``."""
+        ctx.save_for_backward(mask)
+        return b.view_as(b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Grads:
+        """The masked gradient."""
+        (mask,) = ctx.saved_tensors
+        return grad * mask, None
 
 
 class ColumnLora(torch.autograd.Function):
@@ -48,7 +72,7 @@ class ColumnLora(torch.autograd.Function):
         bias: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
-        scale: float,
+        scale: Scale,
         context: ParallelContext,
     ) -> torch.Tensor:
         """x ``[s, b, in]`` (SP: ``[s/t, b, in]``) -> ``[s, b, out/t]``."""
@@ -91,7 +115,7 @@ class RowLora(torch.autograd.Function):
         weight: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
-        scale: float,
+        scale: Scale,
         context: ParallelContext,
     ) -> torch.Tensor:
         """x ``[s, b, in/t]`` -> ``[s, b, out]`` (SP: ``[s/t, b, out]``)."""

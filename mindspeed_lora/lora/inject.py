@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -11,7 +13,8 @@ from torch import nn
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.lora_blocks import block_masks, column_scales
+from mindspeed_lora.weights.lora_spec import LoraSpec, ModuleLora
 from mindspeed_lora.weights.table import WeightTable
 
 ADAPTER_NAME = "default"
@@ -23,7 +26,8 @@ def inject_lora(
     """Wrap every target linear of ``stage`` and leave only A and B trainable.
 
     ``seed`` None leaves A uninitialised, for a stage that an adapter is loaded into; otherwise A is kaiming-uniform
-    (a = sqrt 5) drawn from the seed and the parameter's global name, and B is zero.
+    (a = sqrt 5) drawn from the seed and the parameter's global name, and B is zero. An adapter trained elsewhere may adapt
+    some linears only, none of a stage perhaps, and the parts of one with their own A (:mod:`mindspeed_lora.weights.lora_blocks`).
 
     Returns:
         Number of wrapped layers.
@@ -31,28 +35,46 @@ def inject_lora(
     Raises:
         UsageError: a target matches no module.
     """
+    from mindspeed_lora.lora.layers import ParallelLoraLinear
+
+    linears = {name: module for name, module in stage.named_modules() if isinstance(module, (ColumnParallelLinear, RowParallelLinear))}
+    present = {name.rpartition(".")[2] for name in linears} - {"output_layer"}
+    unmatched = [target for target in spec.targets if target not in present]
+    if unmatched:
+        raise UsageError(f"--lora-target-modules {' '.join(unmatched)} matches no module of the model; it has {', '.join(sorted(present))}")
+    adapted = {name: module for name in linears if name.rpartition(".")[2] in spec.targets and (module := spec.module(name)) is not None}
+    stage.requires_grad_(False)
+    if adapted:
+        _inject(stage, spec, adapted)
+    for name, module in adapted.items():
+        layer = stage.get_submodule(name)
+        assert isinstance(layer, ParallelLoraLinear)
+        layer.fusion = fusion
+        row, _ = table.parse(f"{name}.weight")
+        masks, b_row = block_masks(row, module), table.lora_pair(row)[1]
+        mask = table.shard(b_row, masks, context.tp_rank, context.tp_size) if masks else None
+        layer.set_blocks(ADAPTER_NAME, column_scales(spec, module), mask)
+    if seed is not None:
+        initialize_lora(stage, table, context, seed)
+    return len(adapted)
+
+
+def _inject(stage: nn.Module, spec: LoraSpec, adapted: Mapping[str, ModuleLora]) -> None:
+    """Let peft wrap the named linears; scales are set afterwards."""
     from peft import LoraConfig, inject_adapter_in_model
 
     from mindspeed_lora.lora.layers import ParallelLoraLinear
 
-    present = {
-        name.rpartition(".")[2] for name, module in stage.named_modules() if isinstance(module, (ColumnParallelLinear, RowParallelLinear))
-    }
-    present.discard("output_layer")
-    unmatched = [target for target in spec.targets if target not in present]
-    if unmatched:
-        raise UsageError(f"--lora-target-modules {' '.join(unmatched)} matches no module of the model; it has {', '.join(sorted(present))}")
-    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, target_modules=list(spec.targets), lora_dropout=0.0, bias="none")  # type: ignore[arg-type]
+    config = LoraConfig(
+        r=spec.r,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]
+        target_modules=list(adapted),
+        rank_pattern={re.escape(name): module.width for name, module in adapted.items() if module.width != spec.r},
+        lora_dropout=0.0,
+        bias="none",
+    )
     config._register_custom_module({ColumnParallelLinear: ParallelLoraLinear, RowParallelLinear: ParallelLoraLinear})
     inject_adapter_in_model(config, stage, ADAPTER_NAME)
-    count = 0
-    for module in stage.modules():
-        if isinstance(module, ParallelLoraLinear):
-            module.fusion = fusion
-            count += 1
-    if seed is not None:
-        initialize_lora(stage, table, context, seed)
-    return count
 
 
 def adapter_names(stage: nn.Module) -> tuple[str, ...]:

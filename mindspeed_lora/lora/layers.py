@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.functional import linear
 
-from mindspeed_lora.lora.functions import ColumnLora, RowLora
+from mindspeed_lora.lora.functions import ColumnLora, KeepBlocks, RowLora, Scale, scaled
 from mindspeed_lora.parallel.layers import ColumnParallelLinear, RowParallelLinear, enter_column, leave_row
 
 
@@ -24,6 +24,7 @@ class ParallelLoraLinear(nn.Module, LoraLayer):
     | column | [r, in] whole  | [out/t, r] cut |
     | row    | [r, in/t] cut  | [out, r] whole |
 
+    The parts of a fused base may each have their own block of B, see :meth:`set_blocks`.
     ``fusion`` takes the functions of :mod:`mindspeed_lora.lora.functions`; without it autograd runs the same formula
     plainly. peft calls the constructor and passes more keywords than are used here.
 
@@ -58,13 +59,27 @@ class ParallelLoraLinear(nn.Module, LoraLayer):
         assert isinstance(weight, torch.Tensor)
         return weight
 
+    def set_blocks(self, adapter_name: str, scale: float | list[float], mask: torch.Tensor | None) -> None:
+        """Scale (one, or of each column of B), and where B ``[out, r]`` may differ from zero (None: everywhere)."""
+        device = self._weight(self.lora_B, adapter_name).device
+        columns = torch.tensor(scale, dtype=torch.float32, device=device) if isinstance(scale, list) else None
+        self.scaling[adapter_name] = scale if isinstance(scale, float) else 1.0
+        self.register_buffer(f"{adapter_name}_scale", columns, persistent=False)
+        self.register_buffer(f"{adapter_name}_mask", None if mask is None else mask.to(device), persistent=False)
+
+    def _adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor, Scale]:
+        """A, B and scale as the arithmetic takes them."""
+        a, b = self._weight(self.lora_A, name), self._weight(self.lora_B, name)
+        scale, mask = getattr(self, f"{name}_scale", None), getattr(self, f"{name}_mask", None)
+        return a, b if mask is None else KeepBlocks.apply(b, mask), self.scaling[name] if scale is None else scale
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As the base layer's, plus the active adapter's part (none while adapters are disabled)."""
         base = self.get_base_layer()
         if self.disable_adapters or not self.active_adapters:
             return base(x)
         (name,) = self.active_adapters
-        a, b, scale = self._weight(self.lora_A, name), self._weight(self.lora_B, name), self.scaling[name]
+        a, b, scale = self._adapter(name)
         if self.is_reference:
             if self.reference is None:
                 return base(x)
@@ -73,11 +88,11 @@ class ParallelLoraLinear(nn.Module, LoraLayer):
             if self.fusion:
                 return ColumnLora.apply(x, base.weight, base.bias, a, b, scale, base.context)
             whole = enter_column(x, base.context)
-            return linear(whole, base.weight, base.bias) + scale * linear(linear(whole, a), b)
+            return linear(whole, base.weight, base.bias) + _low_rank(linear(whole, a), b, scale)
         assert isinstance(base, RowParallelLinear)
         if self.fusion:
             return RowLora.apply(x, base.weight, a, b, scale, base.context)
-        return base(x) + scale * linear(leave_row(linear(x, a), base.context), b)
+        return base(x) + _low_rank(leave_row(linear(x, a), base.context), b, scale)
 
     def freeze_reference(self) -> None:
         """Keep the adapter's present values as those of the reference."""
@@ -99,3 +114,8 @@ def as_reference(stages: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module in modules:
             module.is_reference = False
+
+
+def _low_rank(u: torch.Tensor, b: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """``scale * u b^T``; u ``[..., r]``, b ``[out, r]``."""
+    return scale * linear(u, b) if isinstance(scale, float) else linear(scaled(u, scale), b)

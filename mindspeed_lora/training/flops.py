@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mindspeed_lora.weights.config import ModelConfig
+from mindspeed_lora.weights.lora_blocks import adapted_entries, trained_elements
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.table import WeightTable
 
@@ -45,8 +46,7 @@ def flops_model(config: ModelConfig, table: WeightTable, lora: LoraSpec | None, 
         size = sum(shape[0] * shape[1] for shape in row.part_shapes) if matmul else 0
         frozen += size if lora else 0
         trained += 0 if lora else size
-        if lora and row.module in lora.targets:
-            trained += lora.r * (row.part_shapes[0][1] + sum(shape[0] for shape in row.part_shapes))
+    trained += sum(trained_elements(row, module) for row, _, module in adapted_entries(table, lora)) if lora else 0
     if config.tied_embeddings:
         head = config.vocab_size * config.hidden_size
         frozen, trained = (frozen + head, trained) if lora else (frozen, trained + head)

@@ -34,19 +34,19 @@ def check_finite(loss: float, norm: float, iteration: int, sample_ids: Sequence[
 
 
 def check_lora_gradients(gradients: FlatGradients, context: ParallelContext) -> None:
-    """After the first backward passes: some LoRA B on every stage must have a gradient (A has none while B is zero).
+    """After the first backward passes: some LoRA B on every stage that has any must have a gradient (A has none while B is zero).
 
     Raises:
         MindSpeedLoraError: naming the stage; every rank raises.
     """
     largest = torch.zeros((), device=context.device)
-    for item in gradients.layout.parameters:
-        if ".lora_B." in item.name:
-            largest = torch.maximum(largest, gradients.layout.view(gradients.buffer, item).abs().max())
+    matrices = [item for item in gradients.layout.parameters if ".lora_B." in item.name]
+    for item in matrices:
+        largest = torch.maximum(largest, gradients.layout.view(gradients.buffer, item).abs().max())
     all_reduce(largest, context.tp_group, dist.ReduceOp.MAX)
     all_reduce(largest, context.dp_group, dist.ReduceOp.MAX)
     dead = torch.zeros(context.pp_size, device=context.device)
-    dead[context.pp_rank] = float(largest == 0)
+    dead[context.pp_rank] = float(largest == 0 and bool(matrices))
     all_reduce(dead, context.model_group, dist.ReduceOp.MAX)
     if bool(dead.any()):
         stages = ", ".join(str(stage) for stage, value in enumerate(dead.tolist()) if value)

@@ -176,12 +176,12 @@ def _dtype(config: TrainConfig) -> torch.dtype:
 
 
 def _resolve_lora(config: TrainConfig, start: StartPoint, table: WeightTable) -> LoraSpec | None:
-    lora = resolve_lora(config.lora, start.adapter)
-    if lora is not None:
-        table.lora_rows(lora.targets)
     if start.adapter is not None:
         start.adapter.check_coverage(table)
         check_adapter_base(start.adapter, start.base)
+    lora = resolve_lora(config.lora, start.adapter, table)
+    if lora is not None:
+        table.lora_rows(lora.targets)
     return lora
 
 

@@ -14,6 +14,8 @@ from mindspeed_lora.parallel.pipeline import bubble_fraction
 from mindspeed_lora.training import memory
 from mindspeed_lora.training.preflight import TrainingPlan
 from mindspeed_lora.training.report import print_block
+from mindspeed_lora.weights.lora_blocks import adapted_entries, trained_elements
+from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.table import WeightTable
 
 
@@ -42,14 +44,12 @@ def describe_layout(plan: TrainingPlan, context: ParallelContext) -> str:
     return text
 
 
-def parameter_counts(table: WeightTable, lora_r: int | None, targets: Sequence[str]) -> tuple[int, int]:
+def parameter_counts(table: WeightTable, lora: LoraSpec | None) -> tuple[int, int]:
     """(trainable, total) parameters of the whole model, each counted once, vocabulary padding included."""
     base = sum(_elements(table.shape(row)) for row, _ in table.entries())
-    if lora_r is None:
+    if lora is None:
         return base, base
-    adapter = 0
-    for row, _ in table.target_entries(targets):
-        adapter += sum(_elements(table.shape(matrix, lora_r)) for matrix in table.lora_pair(row))
+    adapter = sum(trained_elements(row, module) for row, _, module in adapted_entries(table, lora))
     return adapter, base + adapter
 
 
@@ -63,7 +63,7 @@ def _elements(shape: Sequence[int]) -> int:
 def report_start(plan: TrainingPlan, context: ParallelContext, loaded: LoadReport) -> None:
     """Print configuration, layout, counts, sources and the memory estimate. Collective."""
     lora = plan.lora
-    trainable, total = parameter_counts(plan.table, lora.r if lora else None, lora.targets if lora else ())
+    trainable, total = parameter_counts(plan.table, lora)
     every = gather_from_all(loaded, context)
     base, adapter = (sum(getattr(report, name) for report in every) for name in ("base", "adapter"))
     device_bytes = min(gather_from_all(total_memory_bytes(context.device), context))
@@ -77,7 +77,7 @@ def report_start(plan: TrainingPlan, context: ParallelContext, loaded: LoadRepor
         f"model: {model.family}, {model.num_layers} layers, hidden {model.hidden_size}, vocabulary {model.padded_vocab_size}, "
         f"{'tied' if model.tied_embeddings else 'untied'} head, {str(plan.dtype).removeprefix('torch.')}",
         f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.3f} %)"
-        + (f"; LoRA r {lora.r}, alpha {lora.alpha:g} on {' '.join(lora.targets)}" if lora else "; full-parameter training"),
+        + (f"; LoRA {lora.describe()}" if lora else "; full-parameter training"),
         f"base: {plan.start.base.path}; adapter: {adapter_source}",
         f"tensors loaded over all ranks: base {base}, adapter {adapter}, missing 0, unexpected 0",
         f"data: {plan.dataset.prefix}, {len(plan.splits[0])} training and {len(plan.splits[1])} validation samples",

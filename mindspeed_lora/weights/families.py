@@ -12,7 +12,7 @@ from typing import Any
 from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.weights.config import ExpertShape, ModelConfig
 from mindspeed_lora.weights.families_moe import deepseek_experts, latent_shape, mixtral_experts, qwen_experts
-from mindspeed_lora.weights.placement import noop_numbers
+from mindspeed_lora.weights.placement import listed_numbers
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -193,7 +193,7 @@ def model_config_from_megatron_args(args: SimpleNamespace, source: str = "args")
             f"{source}: the stored args describe a model with experts or latent attention only in part; put its config.json there"
         )
     heads, hidden = size("num_attention_heads"), size("hidden_size")
-    noops = len(noop_numbers(values.get("noop_layers")))
+    noops = len(listed_numbers(values.get("noop_layers")))
     grouped = values.get("group_query_attention") or "num_key_value_heads" in values
     padded = size("padded_vocab_size", "vocab_size")
     qk_layernorm, qkv_bias = bool(values.get("qk_layernorm")), bool(values.get("add_qkv_bias"))

@@ -141,7 +141,7 @@ def megatron_args(
         consumed_valid_samples=0,
         lora_target_modules=list(lora.targets) if lora else [],
         lora_r=lora.r if lora else 16,
-        lora_alpha=lora.alpha if lora else 32,
+        lora_alpha=(lora.scale * lora.r if lora.rslora else lora.alpha) if lora else 32,  # a reader of args knows alpha / r only
     )
     return argparse.Namespace(**_model_args(config, slots), **_layout_args(layout, slots), **run)
 
@@ -262,15 +262,16 @@ def write_rank_file(
     args: argparse.Namespace,
     iteration: int,
     extra: Mapping[str, Any] | None = None,
+    expert: tuple[int, int] = (0, 1),
 ) -> Path:
     """Write one rank's ``model_optim_rng.pt`` from tensors in memory and return its path.
 
     ``models``: ``{"model": {...}}`` or ``{"model0": {...}, ...}`` with stage-local layer numbers; the tensors are copied to the CPU
-    whole, a view takes its storage with it only as far as it reaches.
+    whole, a view takes its storage with it only as far as it reaches. ``expert``: rank and size of expert parallelism.
     """
     if not (0 <= tp_rank < tp_size and 0 <= pp_rank < pp_size):
         raise ValueError(f"rank ({tp_rank}, {pp_rank}) lies outside the layout ({tp_size}, {pp_size})")
-    folder = Path(iteration_dir) / rank_directory_name(tp_rank, pp_rank, pp_size)
+    folder = Path(iteration_dir) / rank_directory_name(tp_rank, pp_rank, pp_size, *expert)
     folder.mkdir(parents=True, exist_ok=True)
     compact = {key: {name: _compact(tensor) for name, tensor in model.items()} for key, model in models.items()}
     path = folder / RANK_FILE_NAME

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from mindspeed_lora.errors import CheckpointError
+from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.weights.config import Layout
 from mindspeed_lora.weights.megatron_files import RANK_FILE_NAME, TRACKER_NAME, iteration_directory_name
-from mindspeed_lora.weights.placement import block_ranks, expert_blocks, expert_tensor_size, noop_numbers, stage_ranks
+from mindspeed_lora.weights.placement import block_ranks, expert_blocks, expert_tensor_size, listed_numbers, place_layers, stage_ranks
 from mindspeed_lora.weights.torch_files import as_namespace, load_torch_file
 
 _RANK_DIRECTORY = re.compile(r"^mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?$")
@@ -75,6 +75,11 @@ class RankFile:
     def close(self) -> None:
         """Drop the mapping; tensors handed out keep theirs as long as they live."""
         self._content = None
+
+
+def _layer_numbers(file: RankFile, chunk: int) -> list[int]:
+    """Numbers that layers have inside a chunk, ascending."""
+    return sorted({int(match[2]) for name in file.names(chunk) if (match := _LOCAL_LAYER.match(name))})
 
 
 def find_iteration(folder: Path) -> tuple[Path, int]:
@@ -172,7 +177,7 @@ class MegatronFolder:
         return Layout(
             tensor_parallel_size=tp_size,
             pipeline_parallel_size=size("pipeline_model_parallel_size", self.pp_size),
-            noop_layers=noop_numbers(getattr(self.args, "noop_layers", None)),
+            noop_layers=tuple(sorted(listed_numbers(getattr(self.args, "noop_layers", None)))),
             expert_parallel_size=size("expert_model_parallel_size", 1 + max(ep for _, _, ep in self._files)),
             expert_tensor_parallel_size=getattr(self.args, "expert_tensor_parallel_size", None) if has_experts else None,
             experts_over_tensor_ranks=extends,
@@ -203,6 +208,8 @@ class MegatronFolder:
 
     def _place_layers(self) -> list[tuple[int, int, int]]:
         """Global layer -> (stage, chunk, local number): chunk by chunk, stage by stage."""
+        if (planned := self._planned_places()) is not None:
+            return planned
         places: list[tuple[int, int, int]] = []
         gaps_allowed = bool(self.layout.noop_layers)
         for chunk in range(self.num_chunks):
@@ -210,13 +217,37 @@ class MegatronFolder:
                 file = self.file(0, stage)
                 if len(file.chunks()) != self.num_chunks:
                     raise CheckpointError(f"{file.path}: has {len(file.chunks())} model chunks, the first stage has {self.num_chunks}")
-                matches = [_LOCAL_LAYER.match(name) for name in file.names(chunk)]
-                numbers = sorted({int(match[2]) for match in matches if match})
+                numbers = _layer_numbers(file, chunk)
                 if numbers != list(range(len(numbers))) and not gaps_allowed:
                     missing = next(number for number in range(len(numbers) + 1) if number not in numbers)
                     raise CheckpointError(f"{file.path}: layer {missing} is missing between layers {numbers[0]} and {numbers[-1]}")
                 places.extend((stage, chunk, number) for number in numbers)
         return places
+
+    def _planned_places(self) -> list[tuple[int, int, int]] | None:
+        """Where the layers of a LoRA-only save lie by its ``args``, for it need not adapt every layer; None: they do not tell."""
+        slots, noops = getattr(self.args, "num_layers", None), self.layout.noop_layers
+        if any("lora_" not in name for name in self.file(0, 0).names(0)) or not isinstance(slots, int):
+            return None
+        layout = Layout(
+            pipeline_parallel_size=self.pp_size,
+            layers_per_virtual_stage=slots // (self.pp_size * self.num_chunks) if self.num_chunks > 1 else None,
+            num_layer_list=listed_numbers(getattr(self.args, "num_layer_list", None)) or None,
+            noop_layers=noops,
+        )
+        try:
+            stages = place_layers(slots - len(noops), layout)
+        except UsageError:
+            return None
+        order = [(stage, chunk) for chunk in range(self.num_chunks) for stage in range(self.pp_size)]
+        planned = [(stage, chunk, local) for stage, chunk in order for local, _ in stages[stage][chunk]]
+        found = {
+            (stage, chunk, number)
+            for stage in range(self.pp_size)
+            for chunk in range(len(self.file(0, stage).chunks()))
+            for number in _layer_numbers(self.file(0, stage), chunk)
+        }
+        return planned if found <= set(planned) else None
 
     @property
     def num_layers(self) -> int:

@@ -1,18 +1,15 @@
 """PEFT folders as adapters, also those whose modules differ in A, r and alpha.
 
-A fused Megatron module (q, k, v; gate, up) of an adapter trained elsewhere usually has parts with different A. They are held exactly:
-A stacked to ``[r_q + r_k + r_v, in]``, each part's B ``[out_part, r_q + r_k + r_v]`` zero outside its own columns. Each part keeps
-its own scale, and a part that is not adapted has scale 0.
+A fused Megatron module (q, k, v; gate, up) of an adapter trained elsewhere usually has parts with different A. They are held exactly,
+see :mod:`mindspeed_lora.weights.lora_blocks`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,10 @@ import torch
 
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.manifest import read_manifest
-from mindspeed_lora.weights.adapters import Adapter, LoraParts, base_reference_of, ordered_targets
+from mindspeed_lora.weights.adapters import Adapter, base_reference_of, ordered_targets
 from mindspeed_lora.weights.hf_files import StoredTensor, read_safetensors_header
-from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.lora_blocks import LoraParts, Pair, join_pairs
+from mindspeed_lora.weights.lora_spec import LoraSpec, ModuleLora
 from mindspeed_lora.weights.rows import ROWS
 from mindspeed_lora.weights.table import Row, WeightTable, split_hf_layer
 
@@ -40,7 +38,7 @@ class _Module:
     a: StoredTensor | None
     b: StoredTensor | None
     r: int
-    scale: float
+    alpha: float
 
 
 def _at(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -76,16 +74,13 @@ class PeftAdapter(Adapter):
         self._modules = self._read_modules(read_safetensors_header(path / "adapter_model.safetensors"))
         self.found_targets = ordered_targets({module.target for module in self._modules.values()})
         self.num_layers = 1 + max((module.layer for module in self._modules.values() if module.layer is not None), default=-1)
-        self.lora = LoraSpec(self.found_r, self._scale(self.found_r, self._alpha) * self.found_r, self.found_targets)
+        self.lora: LoraSpec = LoraSpec(self.found_r, self._alpha, self.found_targets, bool(self.values.get("use_rslora")))
         base_path = self.values.get("base_model_name_or_path")
         self.base_reference = base_reference_of(self.manifest) or ({"path": str(base_path), "fingerprint": None} if base_path else None)
 
     @property
     def _alpha(self) -> float:
         return float(self.values.get("lora_alpha", 8))  # peft's default
-
-    def _scale(self, r: int, alpha: float) -> float:
-        return alpha / math.sqrt(r) if self.values.get("use_rslora") else alpha / r
 
     def _read_modules(self, tensors: Mapping[str, StoredTensor]) -> dict[str, _Module]:
         halves: dict[str, dict[str, StoredTensor]] = {}
@@ -101,29 +96,34 @@ class PeftAdapter(Adapter):
         for name, pair in halves.items():
             target, layer = _target_of(name, self.path)
             r, alpha = int(_at(ranks, name, self.found_r)), float(_at(alphas, name, self._alpha))
-            modules[name] = _Module(name, layer, target, pair.get("A"), pair.get("B"), r, self._scale(r, alpha))
+            modules[name] = _Module(name, layer, target, pair.get("A"), pair.get("B"), r, alpha)
         return modules
 
     def _parts(self, row: Row, layer: int | None) -> list[_Module | None]:
         return [self._modules.get(name.removesuffix(".weight")) for name in row.hf_names(layer)]
 
-    def _fused_with(self, module: _Module) -> tuple[str, ...]:
-        """Names of the linears that lie in one Megatron tensor with a module, itself among them."""
-        latent = any(name.endswith(".kv_a_proj_with_mqa") for name in self._modules)
-        expert = _EXPERT.search(module.name)
-        for spec in ROWS:
-            if spec.module is None or (latent != any("kv_a_proj_with_mqa" in name for name in spec.hf) and spec.module == "linear_qkv"):
-                continue
-            names = tuple(name.format(layer=module.layer, expert=expert[1] if expert else None).removesuffix(".weight") for name in spec.hf)
-            if module.name in names:
-                return names
-        return (module.name,)
+    def _module_lora(self, row: Row, layer: int | None) -> ModuleLora | None:
+        """One entry where all parts have one A, r and alpha, else one for each part; None: no part is adapted."""
+        modules = self._parts(row, layer)
+        present = [module for module in modules if module is not None]
+        if not present:
+            return None
+        if len(present) == len(modules) and len({(module.r, module.alpha) for module in present}) == 1 and _one_a(present):
+            return ModuleLora((present[0].r,), (present[0].alpha,))
+        return ModuleLora(
+            tuple(module.r if module else 0 for module in modules), tuple(module.alpha if module else 0.0 for module in modules)
+        )
 
-    def part_scales(self, row: Row, layer: int | None, lora: LoraSpec) -> list[float]:
-        """See the base class; the modules' own scales (``lora`` repeats the folder's r and alpha)."""
-        return [module.scale if module else 0.0 for module in self._parts(row, layer)]
+    def spec(self, table: WeightTable) -> LoraSpec:
+        """See the base class."""
+        found = {}
+        for row, layer in table.target_entries(self.found_targets):
+            found[row.name(layer).removesuffix(".weight")] = self._module_lora(row, layer)
+        if all(module == self.lora.uniform for module in found.values()):
+            return self.lora
+        return replace(self.lora, modules={name: module for name, module in found.items() if module is not None})
 
-    def _matrix(self, module: _Module, half: str, shape: tuple[int, int]) -> torch.Tensor:
+    def _stored(self, module: _Module, half: str, shape: tuple[int, int]) -> StoredTensor:
         stored = module.a if half == "A" else module.b
         if stored is None:
             raise CheckpointError(f"{self.path}: {module.name}.lora_{half}.weight is missing beside its other half")
@@ -132,52 +132,24 @@ class PeftAdapter(Adapter):
                 f"{self.path}: {module.name}.lora_{half}.weight has shape {list(stored.shape)}, "
                 f"but r and the base model ask for {list(shape)}"
             )
-        return stored.read()
+        return stored
+
+    def _stored_pairs(self, row: Row, layer: int | None) -> list[tuple[StoredTensor, StoredTensor] | None]:
+        return [
+            None if module is None else (self._stored(module, "A", (module.r, shape[1])), self._stored(module, "B", (shape[0], module.r)))
+            for module, shape in zip(self._parts(row, layer), row.part_shapes, strict=True)
+        ]
+
+    def pairs(self, row: Row, layer: int | None) -> list[Pair | None]:
+        """See the base class."""
+        return [pair and (pair[0].read(), pair[1].read()) for pair in self._stored_pairs(row, layer)]
 
     def lora_parts(self, row: Row, layer: int | None) -> LoraParts:
-        """See the base class. Parts with one common A give ``[r, in]``, others are stacked."""
-        modules = self._parts(row, layer)
-        present = [module for module in modules if module is not None]
-        width = row.part_shapes[0][1]
-        matrices = [self._matrix(module, "A", (module.r, width)) for module in present]
-        own = [
-            self._matrix(module, "B", (shape[0], module.r)) if module else None
-            for module, shape in zip(modules, row.part_shapes, strict=True)
-        ]
-        if len(present) == len(modules) and all(torch.equal(matrix, matrices[0]) for matrix in matrices):
-            return matrices[0], [matrix for matrix in own if matrix is not None]
-        stacked = torch.cat(matrices) if matrices else torch.zeros(1, width)
-        placed, column = [], 0
-        for module, matrix, shape in zip(modules, own, row.part_shapes, strict=True):
-            wide = torch.zeros(shape[0], stacked.shape[0], dtype=stacked.dtype)
-            if module is not None and matrix is not None:
-                wide[:, column : column + module.r] = matrix
-                column += module.r
-            placed.append(wide)
-        return stacked, placed
-
-    @cached_property
-    def _why_not_uniform(self) -> str | None:
-        """The first thing that keeps the adapter from being held at one r and scale; None: nothing does."""
-        for module in self._modules.values():
-            if module.r != self.found_r or self.lora is None or not math.isclose(module.scale, self.lora.scale):
-                return f"{module.name} has r {module.r} and scale {module.scale:g}, others have r {self.found_r}"
-        for names in {self._fused_with(module) for module in self._modules.values()}:
-            found = [self._modules[name] for name in names if name in self._modules]
-            if len(found) != len(names):
-                return f"{found[0].name} is adapted, but {', '.join(sorted(set(names) - {each.name for each in found}))} is not"
-            first = [module.a.read() for module in found if module.a is not None]
-            if any(matrix.shape != first[0].shape or not torch.equal(matrix, first[0]) for matrix in first):
-                return f"{', '.join(module.name for module in found)} have different A"
-        return None
-
-    def require_uniform(self, purpose: str) -> None:
         """See the base class."""
-        if self._why_not_uniform is not None:
-            raise CheckpointError(
-                f"{self.path}: cannot {purpose}: {self._why_not_uniform}, and here q, k, v (and gate, up) share one A "
-                "and all modules one r; merge this adapter into its base with convert_ckpt.py --lora-load, and start from the result"
-            )
+        module = self._module_lora(row, layer)
+        if module is None:
+            raise CheckpointError(f"{self.path}: does not adapt {row.name(layer)}")
+        return join_pairs(row, module, self.pairs(row, layer))
 
     def check_coverage(self, table: WeightTable) -> None:
         """See the base class; what ``target_modules`` names must be there in every layer that ``layers_to_transform`` names."""
@@ -187,7 +159,7 @@ class PeftAdapter(Adapter):
         if unknown:
             raise CheckpointError(f"{self.path}: {len(unknown)} adapted modules fit nothing in the base model: {', '.join(unknown[:5])}")
         for row, layer in table.target_entries(self.found_targets):
-            self.lora_parts(row, layer)
+            self._stored_pairs(row, layer)
         missing = sorted(name for name in known - set(self._modules) if self._is_target(name))
         if missing:
             raise CheckpointError(
@@ -204,6 +176,15 @@ class PeftAdapter(Adapter):
         if isinstance(targets, str) or isinstance(excluded, str):
             return False
         return _ends_in(name, targets or ()) and not _ends_in(name, excluded)
+
+
+def _one_a(modules: list[_Module]) -> bool:
+    """Whether all have the same A."""
+    stored = [module.a for module in modules if module.a is not None]
+    if len(stored) < len(modules) or len({tensor.shape for tensor in stored}) > 1:
+        return False
+    first = stored[0].read()
+    return all(torch.equal(tensor.read(), first) for tensor in stored[1:])
 
 
 def _ends_in(name: str, endings: Iterable[str]) -> bool:

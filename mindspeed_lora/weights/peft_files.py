@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 
 from mindspeed_lora.files import atomic_file, write_json
+from mindspeed_lora.weights.lora_blocks import LoraParts, module_of, split_pairs
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.table import Row, WeightTable
 
@@ -15,52 +16,78 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_FILE_NAME = "adapter_model.safetensors"
 
 
-def peft_target_modules(table: WeightTable, targets: Sequence[str]) -> list[str]:
-    """HF leaf module names (``q_proj``, ...) of Megatron targets."""
-    names = {name.split(".")[-2] for row in table.rows if row.module in targets for name in row.hf}
-    return sorted(names)
-
-
 def write_peft_adapter(
-    folder: Path,
-    table: WeightTable,
-    lora: LoraSpec,
-    tensors: Mapping[tuple[Row, int | None], tuple[torch.Tensor, Sequence[torch.Tensor]]],
-    base_path: str | Path,
+    folder: Path, table: WeightTable, lora: LoraSpec, tensors: Mapping[tuple[Row, int | None], LoraParts], base_path: str | Path
 ) -> None:
-    """Write ``tensors`` (``(row, layer) -> (A [r, in], [B [out_part, r] per HF name])``) so that peft loads them as they are.
+    """Write ``tensors``, the fused A and B of every adapted weight, so that peft loads them as they are.
 
-    Parts of a fused module share A; each gets its own copy, as PEFT names one per HF linear.
+    PEFT names one A for each HF linear: parts with one A get a copy each, others their own rows at their own r.
     """
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     named: dict[str, torch.Tensor] = {}
-    for (row, layer), (matrix_a, matrices_b) in tensors.items():
-        a_row, b_row = table.lora_pair(row)
-        named.update({name: matrix_a.detach().cpu().clone(memory_format=torch.contiguous_format) for name in a_row.hf_names(layer)})
-        named.update(
-            {
-                name: part.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for name, part in zip(b_row.hf_names(layer), matrices_b, strict=True)
-            }
-        )
+    shapes: dict[str, tuple[int, float]] = {}  # HF linear -> its r and alpha
+    for (row, layer), parts in tensors.items():
+        module = module_of(lora, row, layer)
+        assert module is not None, row
+        alphas = module.alphas if len(module.alphas) > 1 else module.alphas * len(row.hf)
+        for name, pair, alpha in zip(row.hf_names(layer), split_pairs(module, parts), alphas, strict=True):
+            if pair is not None:
+                linear = name.removesuffix(".weight")
+                shapes[linear] = (pair[0].shape[0], alpha)
+                for half, matrix in zip("AB", pair, strict=True):
+                    named[f"base_model.model.{linear}.lora_{half}.weight"] = _own(matrix)
     with atomic_file(folder / ADAPTER_FILE_NAME) as temporary:
         save_file(named, temporary, metadata={"format": "pt"})
-    write_json(folder / ADAPTER_CONFIG_NAME, _adapter_config(table, lora, base_path))
+    write_json(folder / ADAPTER_CONFIG_NAME, _adapter_config(table, lora, shapes, base_path))
 
 
-def _adapter_config(table: WeightTable, lora: LoraSpec, base_path: str | Path) -> dict[str, object]:
-    """Fields that every peft since 0.7 reads; alpha is a whole number where it is one, as peft declares it."""
+def _own(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _target_modules(table: WeightTable, adapted: Collection[str]) -> list[str]:
+    """Leaf names (``q_proj``, ...) of HF linears, or their whole names where some linear of such a name is not adapted."""
+    leaves = {_leaf(name) for name in adapted}
+    every = {name.removesuffix(".weight") for row, layer in table.entries() if row.module for name in row.hf_names(layer)}
+    return sorted(leaves if {name for name in every if _leaf(name) in leaves} == set(adapted) else adapted)
+
+
+def _pattern(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """``rank_pattern`` or ``alpha_pattern``: by leaf name where all linears of that name agree, else from ``layers.`` on."""
+    leaves: dict[str, set[float]] = {}
+    for name, value in values.items():
+        leaves.setdefault(_leaf(name), set()).add(value)
     return {
+        _leaf(name) if len(leaves[_leaf(name)]) == 1 else name.removeprefix("model."): _number(value)
+        for name, value in values.items()
+        if value != usual
+    }
+
+
+def _number(value: float) -> float:
+    """A whole number where it is one, as peft declares alpha."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _adapter_config(
+    table: WeightTable, lora: LoraSpec, shapes: Mapping[str, tuple[int, float]], base_path: str | Path
+) -> dict[str, object]:
+    """Fields that every peft since 0.7 reads; ``shapes``: r and alpha of each HF linear."""
+    config: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base_path),
         "r": lora.r,
-        "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+        "lora_alpha": _number(lora.alpha),
         "lora_dropout": 0.0,
-        "target_modules": peft_target_modules(table, lora.targets),
+        "target_modules": _target_modules(table, shapes),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -68,7 +95,8 @@ def _adapter_config(table: WeightTable, lora: LoraSpec, base_path: str | Path) -
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": _pattern({name: r for name, (r, _) in shapes.items()}, lora.r),
+        "alpha_pattern": _pattern({name: alpha for name, (_, alpha) in shapes.items()}, lora.alpha),
         "revision": None,
     }
+    return {**config, "use_rslora": True} if lora.rslora else config

@@ -7,17 +7,18 @@ from typing import Any
 
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.weights.config import Layout, ModelConfig, stage_layers
+from mindspeed_lora.weights.table import Row
 
 Slots = list[tuple[int, int]]  # (number inside the chunk, global layer)
 
 
-def noop_numbers(value: Any) -> tuple[int, ...]:
-    """``noop_layers`` of stored args: None, "1,2", or a collection of numbers."""
+def listed_numbers(value: Any) -> tuple[int, ...]:
+    """``noop_layers`` or ``num_layer_list`` of stored args: None, "1,2", or a collection of numbers."""
     if isinstance(value, str):
         value = [part for part in value.split(",") if part.strip()]
     if not isinstance(value, Iterable):
         return ()
-    return tuple(sorted(int(number) for number in value))
+    return tuple(int(number) for number in value)
 
 
 def _list_slots(num_layers: int, layout: Layout, counts: tuple[int, ...]) -> list[list[Slots]]:
@@ -61,6 +62,11 @@ def expert_tensor_size(layout: Layout) -> int:
     if layout.experts_over_tensor_ranks:
         return 1
     return layout.expert_tensor_parallel_size or layout.tensor_parallel_size
+
+
+def row_cut(layout: Layout, row: Row, tp_rank: int) -> tuple[int, int]:
+    """(rank, size) of the group over which a row is cut."""
+    return (0, 1) if row.expert is not None and expert_tensor_size(layout) == 1 else (tp_rank, layout.tensor_parallel_size)
 
 
 def expert_blocks(layout: Layout) -> int:

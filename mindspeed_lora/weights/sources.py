@@ -16,7 +16,7 @@ import torch
 
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.manifest import Manifest, read_manifest
-from mindspeed_lora.weights.adapters import Adapter, MegatronAdapter, lora_spec_of
+from mindspeed_lora.weights.adapters import Adapter, MegatronAdapter, found_widths, lora_spec_of
 from mindspeed_lora.weights.config import ModelConfig
 from mindspeed_lora.weights.families import model_config_from_hf, model_config_from_megatron_args
 from mindspeed_lora.weights.hf_files import INDEX_NAMES, BinTensor, StoredTensor, read_hf_folder
@@ -188,7 +188,8 @@ class MegatronBase(Base):
                 f"{path}: holds LoRA tensors only, no base model; give the base with --load-dir (--load) and this folder with --lora-load"
             )
         self.dtype = self.folder.shards(self._index[base_names[0]][0])[0].dtype
-        self.lora = lora_spec_of(self.path, self._index, self.folder, self.manifest) if len(base_names) < len(self._index) else None
+        if len(base_names) < len(self._index):
+            self.lora = lora_spec_of(path, found_widths(path, self._index, self.folder), self.folder, self.manifest)
 
     @property
     def unified(self) -> bool:
