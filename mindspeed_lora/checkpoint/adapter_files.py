@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from mindspeed_lora.weights.adapters import Adapter
+from mindspeed_lora.weights.adapters import MegatronAdapter
 from mindspeed_lora.weights.lora_blocks import adapted_entries
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.megatron_files import model_keys
@@ -43,7 +43,8 @@ def rank_models(stages: Sequence[SavedStage], lora_only: bool) -> dict[str, dict
     return models
 
 
-def write_peft_folder(folder: Path, adapter: Adapter, table: WeightTable, lora: LoraSpec, base_path: Path) -> None:
-    """PEFT's form of an adapter that was just written in Megatron's, read back whole and in HF order."""
+def write_peft_folder(folder: Path, written: Path, table: WeightTable, lora: LoraSpec, base_path: Path) -> None:
+    """PEFT's form of an adapter that was just ``written`` in Megatron's, read back whole and in HF order."""
+    adapter = MegatronAdapter(written, lora)
     tensors = {(row, layer): adapter.lora_parts(row, layer) for row, layer, _ in adapted_entries(table, lora)}
     write_peft_adapter(folder, table, lora, tensors, base_path)

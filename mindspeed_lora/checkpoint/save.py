@@ -35,7 +35,7 @@ from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.weights.config import Layout, ModelConfig
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.megatron_files import iteration_directory_name, megatron_args, write_rank_file, write_tracker
-from mindspeed_lora.weights.sources import open_adapter, open_base
+from mindspeed_lora.weights.sources import open_base
 from mindspeed_lora.weights.table import WeightTable
 
 PEFT_FOLDER = "peft"
@@ -121,7 +121,7 @@ def _finish(target: SaveTarget, staging: Path, state: TrainerState, table: Weigh
     folder = staging / name
     companions = copy_companions(target.config_dir, target.tokenizer_dir, staging)
     if target.lora is not None:
-        write_peft_folder(folder / PEFT_FOLDER, open_adapter(folder), table, target.lora, Path(target.base["path"]))
+        write_peft_folder(folder / PEFT_FOLDER, folder, table, target.lora, Path(target.base["path"]))
         parts = parts + [part_of(folder, path) for path in sorted((folder / PEFT_FOLDER).iterdir())]
     write_manifest(folder, _manifest(target, folder, state, table, parts))
     for companion in companions:

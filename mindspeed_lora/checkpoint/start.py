@@ -53,7 +53,7 @@ def find_start(load: LoadFlags, lora: bool) -> StartPoint:
         for folder in filter(None, (base_path, adapter_path)):
             notes.append(verify_folder(folder))
     base = open_base(base_path)
-    if adapter_path is None and base.lora is not None:
+    if adapter_path is None and base.unified:
         adapter_path = base_path
         notes.append(f"--load {load.load} holds base and adapter together; both are used")
     adapter = open_adapter(adapter_path) if adapter_path is not None else None

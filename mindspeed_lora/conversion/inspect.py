@@ -13,7 +13,6 @@ from mindspeed_lora.manifest import MANIFEST_NAME, Manifest, read_manifest, veri
 from mindspeed_lora.weights.adapters import Adapter, MegatronAdapter
 from mindspeed_lora.weights.families import model_config_from_hf
 from mindspeed_lora.weights.hf_files import read_safetensors_header
-from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.megatron_folder import MegatronFolder, is_megatron_folder
 from mindspeed_lora.weights.peft_files import ADAPTER_FILE_NAME
 from mindspeed_lora.weights.sources import Base, MegatronBase, open_adapter, open_base
@@ -86,7 +85,7 @@ def _describe_base(folder: Path, verify: bool) -> Iterator[Line]:
         yield "tensors", str(len(getattr(base, "tensors", ())))
     yield "dtype", _name(base.dtype)
     if megatron and megatron.unified:
-        yield "lora", _lora(megatron.lora)
+        yield "lora", _lora(open_adapter(folder))
     yield from _manifest_lines(_manifest_folder(folder, megatron.folder if megatron else None), base.manifest, verify)
     yield from _model_lines(base)
     table = WeightTable(base.model_config)
@@ -109,7 +108,7 @@ def _describe_adapter(folder: Path, verify: bool) -> Iterator[Line]:
         tensors = read_safetensors_header(folder / ADAPTER_FILE_NAME)
         yield "tensors", str(len(tensors))
         yield "dtype", ", ".join(sorted({_name(tensor.dtype) for tensor in tensors.values()}))
-    yield "lora", _lora(adapter.lora) if adapter.lora else f"{_found(adapter)}; alpha: nothing says it, pass --lora-alpha"
+    yield "lora", _lora(adapter)
     yield "layers", str(adapter.num_layers)
     reference = adapter.base_reference or {}
     if path := reference.get("path"):
@@ -219,14 +218,10 @@ def _table_of(folder: Path, base_path: str | None) -> WeightTable | None:
     return WeightTable(model_config_from_hf(place)) if place is not None else None
 
 
-def _lora(lora: LoraSpec | None) -> str:
-    if lora is None:
-        return "nothing says r, alpha and targets"
-    return f"r {lora.r}, alpha {lora.alpha:g}, targets {' '.join(lora.targets)}"
-
-
-def _found(adapter: Adapter) -> str:
-    return f"r {adapter.found_r}, targets {' '.join(adapter.found_targets)} (from the tensors)"
+def _lora(adapter: Adapter) -> str:
+    if adapter.lora is not None:
+        return adapter.lora.describe()
+    return f"r {adapter.found_r} on {' '.join(adapter.found_targets)} (from the tensors); alpha: nothing says it, pass --lora-alpha"
 
 
 def _name(dtype: object) -> str:

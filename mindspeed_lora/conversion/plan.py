@@ -192,7 +192,7 @@ def find_adapter(config: ConvertConfig, base: Base, table: WeightTable) -> tuple
     """
     if config.lora_load is not None:
         adapter = open_adapter(config.lora_load)
-    elif getattr(base, "unified", False):
+    elif base.unified:
         adapter = open_adapter(base.path)
     elif config.lora is not None and (config.lora.r or config.lora.alpha or config.lora.targets):
         raise UsageError(

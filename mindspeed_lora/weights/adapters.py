@@ -138,7 +138,8 @@ def base_reference_of(manifest: Manifest | None) -> dict[str, str | None] | None
 class MegatronAdapter(Adapter):
     """The LoRA tensors of a Megatron folder; a unified one's base tensors are not looked at."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lora: LoraSpec | None = None) -> None:
+        """``lora``: what the run that is writing it knows; None: what its manifest or ``args`` say."""
         self.path = path
         self.folder = MegatronFolder(path)
         self.iteration = self.folder.iteration
@@ -146,7 +147,7 @@ class MegatronAdapter(Adapter):
         self.manifest = read_manifest(self.folder.iteration_dir) or read_manifest(path)
         self._index = self.folder.index()
         widths = found_widths(path, self._index, self.folder)
-        self.lora = lora_spec_of(path, widths, self.folder, self.manifest)
+        self.lora = lora or lora_spec_of(path, widths, self.folder, self.manifest)
         self.found_r = next(iter(widths.values())) if self.lora is None else self.lora.r
         self.found_targets = targets_of(widths)
         self.base_reference = base_reference_of(self.manifest)

@@ -16,11 +16,10 @@ import torch
 
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.manifest import Manifest, read_manifest
-from mindspeed_lora.weights.adapters import Adapter, MegatronAdapter, found_widths, lora_spec_of
+from mindspeed_lora.weights.adapters import Adapter, MegatronAdapter
 from mindspeed_lora.weights.config import ModelConfig
 from mindspeed_lora.weights.families import model_config_from_hf, model_config_from_megatron_args
 from mindspeed_lora.weights.hf_files import INDEX_NAMES, BinTensor, StoredTensor, read_hf_folder
-from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.megatron_folder import MegatronFolder, is_megatron_folder
 from mindspeed_lora.weights.peft_adapter import PeftAdapter
 from mindspeed_lora.weights.table import Row, WeightTable, shard_blocks, unshard
@@ -39,7 +38,7 @@ class Base(ABC):
     dtype: torch.dtype
     manifest: Manifest | None
     args: SimpleNamespace | None = None
-    lora: LoraSpec | None = None  # of a unified checkpoint, base and adapter in one
+    unified = False  # base and adapter in one
 
     @abstractmethod
     def parts(self, row: Row, layer: int | None) -> list[torch.Tensor]:
@@ -188,13 +187,7 @@ class MegatronBase(Base):
                 f"{path}: holds LoRA tensors only, no base model; give the base with --load-dir (--load) and this folder with --lora-load"
             )
         self.dtype = self.folder.shards(self._index[base_names[0]][0])[0].dtype
-        if len(base_names) < len(self._index):
-            self.lora = lora_spec_of(path, found_widths(path, self._index, self.folder), self.folder, self.manifest)
-
-    @property
-    def unified(self) -> bool:
-        """Whether adapter tensors lie in the same files."""
-        return any("lora_" in name for name in self._index)
+        self.unified = len(base_names) < len(self._index)
 
     def _shards(self, row: Row, layer: int | None) -> list[torch.Tensor]:
         name = row.alias_of or row.name(layer)
