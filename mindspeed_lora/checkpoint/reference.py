@@ -25,6 +25,7 @@ from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.megatron_files import iteration_directory_name
 from mindspeed_lora.weights.megatron_folder import is_megatron_folder
 from mindspeed_lora.weights.sources import Base, open_adapter, open_base
+from mindspeed_lora.weights.table import WeightTable
 
 _PEFT_CONFIG = "adapter_config.json"
 
@@ -76,9 +77,12 @@ def find_reference(
     else:
         base, adapter = start.base, start.adapter
     _check_same_architecture(resolve_model_config(base, architecture, tensor_parallel_size), model, base)
-    spec = resolve_lora(None, adapter) if adapter is not None else None
+    spec = None
     if adapter is not None:
+        table = WeightTable(model)
         check_adapter_base(adapter, base)
+        adapter.check_coverage(table)
+        spec = resolve_lora(None, adapter, table)
     same_base = Path(base.path).resolve() == Path(start.base.path).resolve()
     return ReferencePoint(base, adapter, spec, shared=lora is not None and same_base and spec in (None, lora))
 
@@ -94,7 +98,7 @@ def _open(folder: Path, iteration: int | None, start: StartPoint) -> tuple[Base,
     if (folder / _PEFT_CONFIG).is_file():
         return start.base, open_adapter(folder)
     base = open_base(folder)
-    return base, open_adapter(folder) if base.lora is not None else None
+    return base, open_adapter(folder) if base.unified else None
 
 
 def _open_recorded(recorded: Mapping[str, Any]) -> tuple[Base, Adapter | None]:

@@ -77,7 +77,7 @@ def _start(config: TrainConfig) -> StartPoint | None:
 
 
 def _lines_of_run(plan: ModelPlan, sizes: RunSizes) -> list[str]:
-    lora = f"LoRA r {plan.lora.r} on {' '.join(plan.lora.targets)}" if plan.lora else "full-parameter training"
+    lora = f"LoRA {plan.lora.describe()}" if plan.lora else "full-parameter training"
     recompute = " ".join(str(value) for value in vars(sizes.recompute).values() if value is not None) or "off"
     return [
         f"model: {sizes.model.family}, {sizes.model.num_layers} layers, hidden {sizes.model.hidden_size}, "

@@ -97,7 +97,7 @@ def _norm_bytes(sizes: RunSizes, size: int, heads: int = 1) -> float:
 def layer_bytes_per_token(sizes: RunSizes) -> float:
     """What one decoder layer keeps for its backward pass, on one rank."""
     model, width, tp = sizes.model, sizes.parameter_bytes, sizes.tp_size
-    rank = sizes.lora.r if sizes.lora else 0
+    rank = sizes.lora.widest if sizes.lora else 0
     hidden, queries, keys = model.hidden_size, model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
     outside = tp if sizes.sequence_parallel else 1  # what lies between the cut matrices
     total = 2 * _norm_bytes(sizes, hidden) / outside

@@ -125,7 +125,7 @@ def stage_parameters(sizes: RunSizes, pp_rank: int) -> StageParameters:
         head=total["head"],
         layer_base=total["layer"],
         layer_linear=sum(local(row) for row in layer_rows if row.module),
-        layer_adapter=sum(local(row, lora.r) for row in pairs) if lora else 0,
+        layer_adapter=sum(local(row, lora.widest) for row in pairs) if lora else 0,
         layers=sizes.layers_per_stage,
         largest=max(local(row) for row in present),
     )

@@ -40,6 +40,11 @@ class LoraSpec:
         """Factor of the adapter's contribution, where ``modules`` is empty."""
         return self._scale(self.r, self.alpha)
 
+    @property
+    def widest(self) -> int:
+        """Rows of the largest A."""
+        return max((module.width for module in self.modules.values()), default=self.r)
+
     def _scale(self, r: int, alpha: float) -> float:
         return alpha / math.sqrt(r) if self.rslora else alpha / r
 
