@@ -110,8 +110,8 @@ def test_packed_files_hold_the_records_of_the_unpacked_ones(neat: bool, tokenize
     )
 
 
-def test_neat_pack_cuts_what_pack_drops(tokenizer_dir: Path, tmp_path: Path) -> None:
-    """A template that cuts to exactly --seq-length: --pack drops such a record, --neat-pack takes one more token off it."""
+def test_a_record_that_fills_a_pack_is_kept(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """A template that cuts to exactly --seq-length: the peer drops such a record with --pack, and takes its last token with --neat-pack."""
     templates = write_json(tmp_path / "templates.json", [{"name": "mine", "format_user": {"slots": ["Q: {{content}}\nA: "]}}])
     source = write_json(tmp_path / "in.json", [{"instruction": "again " * 40, "input": "", "output": "word " * 40}, *alpaca_records(4)])
 
@@ -128,7 +128,9 @@ def test_neat_pack_cuts_what_pack_drops(tokenizer_dir: Path, tmp_path: Path) -> 
         return write_dataset(config), config.output_prefix
 
     report, prefix = run("pack", False)
-    assert report.num_skipped == {"64 tokens or more (--seq-length)": 1}
+    assert not report.num_skipped and report.notes["records cut to --seq-length"] == 1
+    ids, labels = (rows(prefix, key)[0] for key in ("input_ids", "labels"))
+    assert len(ids) == 64 and labels[63] == -100 != labels[62]
     report, prefix = run("neat", True)
     assert not report.num_skipped and report.notes["records cut to --seq-length"] == 1
     assert rows(prefix, "attention_mask")[0] == [1] * 63 + [0]

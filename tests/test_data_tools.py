@@ -116,6 +116,11 @@ def test_texts_of_a_format(name: str) -> None:
     assert write_calls(name, parse_calls(json.dumps([{"name": "f", "arguments": json.dumps({"x": [1], "é": "ü"})}]))) == call
 
 
+def test_numbers_to_choose_from() -> None:
+    text = describe_tools("default", '[{"name": "f", "parameters": {"properties": {"x": {"enum": [1, 2.5]}}}}]')
+    assert "Tool Description: \nTool Args:\n  - x (): , should be one of [1, 2.5]\n\nUse the following" in text
+
+
 def test_every_format_is_pinned_and_used_by_name() -> None:
     assert sorted(TOOL_FORMATS) == sorted([*PINNED, "qwen3"])
     assert TOOL_FORMATS["qwen3"] is TOOL_FORMATS["qwen"]

@@ -152,11 +152,14 @@ class InstructionForm(Form):
         return [(input_ids[:longest], labels[:longest])]
 
     def _cut(self, pairs: list[Pair], num_end: int) -> list[Pair]:
-        """Cut by the peer's rule; where that leaves what the peer drops (``--seq-length`` tokens with the end), cut to one fewer."""
+        """Cut by the peer's rule; where that leaves what the peer drops (``--seq-length`` tokens with the end), cut to one fewer.
+
+        With ``--neat-pack`` the peer drops nothing but cuts the rest at the right, and so do we.
+        """
         limit, rule = self.recipe.seq_length or DEFAULT_CUTOFF, self.template.cut_rule
         cut = cut_turns(pairs, limit, rule)
         room = limit - 1 - num_end
-        if _count(cut) <= room or self.recipe.seq_length is None:
+        if _count(cut) <= room or self.recipe.seq_length is None or self.recipe.cut_rest:
             return cut
         return cut_turns(pairs, room + (rule == "halves"), rule)
 
