@@ -12,7 +12,7 @@ from data_helpers import alpaca_records, tiny_tokenizer, write_json
 from test_data_tools import TALKS, TOOLS, assistant, joined, theirs, tokenizer_of, user
 
 from mindspeed_lora.arguments.configs import PreprocessConfig, TemplateFlags, TokenizerFlags
-from mindspeed_lora.data.chat_template import HF_CHAT_TEMPLATE, ChatTemplate, open_template
+from mindspeed_lora.data.chat_template import HF_CHAT_TEMPLATE, ChatTemplate, open_template, template_words
 from mindspeed_lora.data.preprocess import write_dataset
 from mindspeed_lora.data.rendering import Message
 from mindspeed_lora.data.sft_dataset import check_data_manifest, open_sft_dataset
@@ -133,6 +133,8 @@ def test_preprocessing_records_the_template(folder: Path, tmp_path: Path) -> Non
     }
     check_data_manifest(manifest, tokenizer, TemplateFlags(hf_chat_template=True))
     check_data_manifest(manifest, tokenizer, TemplateFlags())
+    assert template_words(manifest.template) == ["--hf-chat-template"] and template_words({}) == []
+    assert template_words({"name": "qwen3"}) == ["--prompt-type", "qwen3"]
     with pytest.raises(UsageError, match=f"--prompt-type qwen3 is not what the data was made with: {HF_CHAT_TEMPLATE}"):
         check_data_manifest(manifest, tokenizer, TemplateFlags("qwen3"))
     with pytest.raises(UsageError, match="--hf-chat-template is not what the data was made with"):

@@ -184,6 +184,12 @@ def _chat(messages: Sequence[Message], system: str | None) -> list[dict[str, Any
     return chat
 
 
+def template_words(recorded: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that name the template of a manifest; none where it has none."""
+    name = recorded.get("name")
+    return ["--hf-chat-template"] if name == HF_CHAT_TEMPLATE else ["--prompt-type", str(name)] if name else []
+
+
 def open_template(flags: TemplateFlags, tokenizer: PreTrainedTokenizerBase) -> ConversationTemplate:
     """The template that the flags name: the tokenizer's own, or one of a file.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mindspeed_lora.checkpoint.together import gather_from_all
+from mindspeed_lora.data.chat_template import template_words
 from mindspeed_lora.device import peak_memory_bytes
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.parallel.context import ParallelContext
@@ -61,7 +62,7 @@ def next_commands(plan: TrainingPlan, context: ParallelContext) -> list[str]:
     if plan.lora is not None and not lora_only:
         base, adapter = save.resolve(), []
     template = (plan.dataset.manifest.template if plan.dataset.manifest else None) or {}
-    prompt_type = ["--prompt-type", str(template["name"])] if template.get("name") else []
+    prompt_type = template_words(template)
     replica = context.tp_size * context.pp_size
     launch = ["torchrun", "--nproc_per_node", str(replica), "inference.py"] if replica > 1 else ["python", "inference.py"]
     layout = ["--tensor-model-parallel-size", str(context.tp_size), "--pipeline-model-parallel-size", str(context.pp_size)]
