@@ -16,6 +16,7 @@ from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.weights.families import model_config_from_dict
 from mindspeed_lora.weights.sources import open_adapter
 from mindspeed_lora.weights.table import WeightTable
+from mindspeed_lora.weights.torch_files import load_torch_file
 
 R, ALPHA = 3, 6
 CONFIG: dict[str, Any] = dict(
@@ -107,6 +108,41 @@ def test_an_adapter_of_experts_is_merged_and_exported(grouped: bool, tmp_path: P
     for name, delta in deltas.items():
         stem = "base_model.model." + name.removesuffix("weight")
         torch.testing.assert_close(exported[f"{stem}lora_B.weight"] @ exported[f"{stem}lora_A.weight"], delta)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_peft_adapter_of_experts_becomes_a_megatron_adapter_and_comes_back(grouped: bool, own: bool, tmp_path: Path) -> None:
+    """``own``: gate and up of each expert have an A each."""
+    write_model(tmp_path / "hf")
+    write_adapter(tmp_path / "lora", grouped=False)
+    run_convert("mg", "hf", tmp_path / "lora", tmp_path / "peft", save_lora_to_hf=True, hf_cfg_dir=tmp_path / "hf")
+    file = tmp_path / "peft/adapter_model.safetensors"
+    if own:
+        save_file(
+            {name: tensor + 1 if name.endswith("up_proj.lora_A.weight") else tensor for name, tensor in load_file(file).items()}, file
+        )
+    layout = dict(target_tensor_parallel_size=2, target_expert_parallel_size=2, moe_grouped_gemm=grouped)
+    run_convert("hf", "mg", tmp_path / "peft", tmp_path / "mg", hf_cfg_dir=tmp_path / "hf", **layout)
+    assert len(list((tmp_path / "mg").rglob("*.pt"))) == 4
+    names = {key for key in load_torch_file(next((tmp_path / "mg").rglob("*.pt")))["model"] if "experts" in key}
+    assert any("weight1_lora_a" in name for name in names) == grouped
+    run_convert("mg", "hf", tmp_path / "mg", tmp_path / "again", save_lora_to_hf=True, hf_cfg_dir=tmp_path / "hf")
+    one, two = load_file(file), load_file(tmp_path / "again/adapter_model.safetensors")
+    assert set(one) == set(two) and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_experts_of_different_ranks_do_not_fit_one_tensor(tmp_path: Path) -> None:
+    write_model(tmp_path / "hf")
+    write_adapter(tmp_path / "lora", grouped=False)
+    run_convert("mg", "hf", tmp_path / "lora", tmp_path / "peft", save_lora_to_hf=True, hf_cfg_dir=tmp_path / "hf")
+    file, odd = tmp_path / "peft/adapter_model.safetensors", "base_model.model.model.layers.0.mlp.experts.1.up_proj.lora_A.weight"
+    tensors = load_file(file)
+    save_file({**tensors, odd: tensors[odd] + 1}, file)
+    with pytest.raises(UsageError, match="--moe-grouped-gemm: the experts of layer 0 differ in their ranks"):
+        run_convert("hf", "mg", tmp_path / "peft", tmp_path / "mg", hf_cfg_dir=tmp_path / "hf", moe_grouped_gemm=True)
+    assert not (tmp_path / "mg").exists()
+    run_convert("hf", "mg", tmp_path / "peft", tmp_path / "mg", hf_cfg_dir=tmp_path / "hf")
 
 
 def test_flags_that_repeat_a_source_s_layout_must_agree_with_it(tmp_path: Path) -> None:

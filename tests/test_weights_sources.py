@@ -5,18 +5,20 @@ from __future__ import annotations
 import collections
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conversion_helpers import run_convert
 from helpers import golden, shared_data, tiny_llama, tiny_qwen3
 from safetensors.torch import load_file, save_file
 from torch_file_helpers import Runs, save_rank
 
 from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.weights.families import check_model_type, model_config_from_dict
-from mindspeed_lora.weights.sources import open_adapter, open_base
+from mindspeed_lora.weights.sources import MegatronBase, open_adapter, open_base
 from mindspeed_lora.weights.table import WeightTable
 from mindspeed_lora.weights.torch_files import load_torch_file
 
@@ -71,9 +73,9 @@ def test_the_fingerprint_sees_a_changed_tensor_and_a_changed_dtype(tmp_path: Pat
 def test_lora_values_come_from_args_only_with_targets() -> None:
     filtered = open_adapter(golden() / "v1lora_qwen3_tp2pp2_filter/input/lora")
     assert filtered.lora is not None and (filtered.lora.r, filtered.lora.alpha, filtered.iteration) == (8, 16.0, 20)
-    assert open_base(golden() / "v1_qwen3_tp2pp2/output/mg").lora is None
-    unified = open_base(golden() / "v1lora_qwen3_tp1pp1_unified/input/lora")
-    assert unified.lora == filtered.lora
+    assert not open_base(golden() / "v1_qwen3_tp2pp2/output/mg").unified
+    unified = golden() / "v1lora_qwen3_tp1pp1_unified/input/lora"
+    assert open_base(unified).unified and open_adapter(unified).lora == filtered.lora
 
 
 def test_stories260k_opens() -> None:
@@ -281,3 +283,24 @@ def test_model_type_hf_names_a_layout() -> None:
         check_model_type(None, config)
         with pytest.raises(UsageError, match="--model-type-hf qwen3 does not fit"):
             check_model_type("qwen3", config)
+
+
+@pytest.mark.parametrize("stored", [1, 2, 4])
+def test_a_rank_reads_its_own_bytes_of_a_megatron_folder(stored: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the files' cut: every byte of a cut tensor is read once over all ranks, and each rank gets what the table cuts."""
+    hf = tiny_qwen3(tmp_path / "hf")
+    run_convert("hf", "mg", hf, tmp_path / "mg", target_tensor_parallel_size=stored, hf_cfg_dir=hf)
+    base, whole = open_base(tmp_path / "mg"), open_base(hf)
+    assert isinstance(base, MegatronBase)
+    read: list[int] = []
+    monkeypatch.setattr(base.folder, "note_read", lambda tensors: read.append(sum(tensor.nbytes for tensor in tensors)))
+    table = WeightTable(replace(whole.model_config, padded_vocab_size=328))  # more than the files': padding of its own
+    for row, layer in table.entries():
+        parts = whole.parts(row, layer)
+        for tp_size in (1, 2, 4):
+            read.clear()
+            for tp_rank in range(tp_size):
+                assert torch.equal(base.shard(table, row, layer, tp_rank, tp_size), table.shard(row, parts, tp_rank, tp_size)), row.megatron
+            padding = parts[0][0].nbytes if row.padded else 0  # the last row, once more
+            if row.axis is not None:
+                assert sum(read) == sum(part.nbytes for part in parts) + padding, row.megatron

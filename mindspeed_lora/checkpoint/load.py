@@ -45,12 +45,11 @@ def load_base(stages: Sequence[nn.Module], base: Base, table: WeightTable, conte
             if ".lora_" in name:
                 continue
             row, layer = table.parse(name.replace(".base_layer", ""))
-            parts = base.parts(row, layer)
             storage: BaseStorage | None = getattr(stage, "storage", None)
             if storage is not None and (holder := storage.holder(parameter)) is not None:
-                holder.load(parameter, partial(table.shard_rows, row, parts, context.tp_rank, context.tp_size))
+                holder.load(parameter, partial(table.shard_rows, row, base.parts(row, layer), context.tp_rank, context.tp_size))
             else:
-                _copy(parameter, table.shard(row, parts, context.tp_rank, context.tp_size), name, base.path)
+                _copy(parameter, base.shard(table, row, layer, context.tp_rank, context.tp_size), name, base.path)
             count += 1
     return LoadReport(base=count)
 

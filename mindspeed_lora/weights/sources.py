@@ -22,7 +22,7 @@ from mindspeed_lora.weights.families import model_config_from_hf, model_config_f
 from mindspeed_lora.weights.hf_files import INDEX_NAMES, BinTensor, StoredTensor, read_hf_folder
 from mindspeed_lora.weights.megatron_folder import MegatronFolder, is_megatron_folder
 from mindspeed_lora.weights.peft_adapter import PeftAdapter
-from mindspeed_lora.weights.table import Row, WeightTable, shard_blocks, unshard
+from mindspeed_lora.weights.table import Row, WeightTable, section, shard_blocks, unshard
 
 FINGERPRINT_BYTES = 4096  # of each logical tensor
 _COMPARE_ROWS = 4096
@@ -47,6 +47,10 @@ class Base(ABC):
         Raises:
             CheckpointError: one is missing or of another shape than the row's.
         """
+
+    def shard(self, table: WeightTable, row: Row, layer: int | None, tp_rank: int, tp_size: int) -> torch.Tensor:
+        """One rank's Megatron tensor; of the files only its own bytes are read. Raises as :meth:`parts`."""
+        return table.shard(row, self.parts(row, layer), tp_rank, tp_size)
 
     def vocabulary_rows(self, row: Row, start: int, stop: int) -> torch.Tensor:
         """Rows of an embedding or head, of which the others are not read (a mapped tensor's pages come as they are used)."""
@@ -202,6 +206,22 @@ class MegatronBase(Base):
         self._check_shapes(row, layer, shards)
         self.folder.note_read(shards)
         return unshard(row, shards)
+
+    def shard(self, table: WeightTable, row: Row, layer: int | None, tp_rank: int, tp_size: int) -> torch.Tensor:
+        """See the base class; stored and wanted cut may differ."""
+        if row.padded:
+            start, stop, missing = table.vocabulary_range(row, tp_rank, tp_size)
+            count = row.part_shapes[0][0]
+            pieces = [self.vocabulary_rows(row, start, stop)] if stop > start else []
+            pieces += [self.vocabulary_rows(row, count - 1, count).expand(missing, -1)] if missing else []
+            return torch.cat(pieces)
+        if row.axis is None:
+            return super().shard(table, row, layer, tp_rank, tp_size)
+        shards = self._shards(row, layer)
+        self._check_shapes(row, layer, shards)
+        own = [section(blocks, row.axis, tp_rank, tp_size) for blocks in shard_blocks(row, shards)]
+        self.folder.note_read(own)
+        return table.shard_of_own(row, own, tp_size)
 
     def vocabulary_rows(self, row: Row, start: int, stop: int) -> torch.Tensor:
         """See the base class."""

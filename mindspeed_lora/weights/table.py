@@ -199,6 +199,18 @@ def shard_blocks(row: Row, shards: Sequence[torch.Tensor]) -> list[list[torch.Te
     return [[block for piece in pieces for block in piece[index]] for index in range(len(sizes))]
 
 
+def section(blocks: Sequence[torch.Tensor], dim: int, index: int, count: int) -> torch.Tensor:
+    """Section ``index`` of ``count`` equal ones of what ``blocks``, joined along ``dim``, would be; other blocks are not touched."""
+    total = sum(block.shape[dim] for block in blocks)
+    start, stop, first, pieces = index * total // count, (index + 1) * total // count, 0, []
+    for block in blocks:
+        low, high = max(start - first, 0), min(stop - first, block.shape[dim])
+        if high > low:
+            pieces.append(block.narrow(dim, low, high - low))
+        first += block.shape[dim]
+    return _join(pieces, dim)
+
+
 def unshard(row: Row, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """All ranks' shards -> HF parts; vocabulary padding is cut off. Needs no table: the row knows its parts."""
     return _unpadded(row, [_join(blocks, row.axis or 0) for blocks in shard_blocks(row, shards)])
@@ -319,8 +331,11 @@ class WeightTable:
             return parts[0].chunk(tp_size, dim=1)[tp_rank].contiguous()
         if row.padded:
             return self._vocabulary_shard(row, parts[0], tp_rank, tp_size)
-        local = [part.chunk(tp_size)[tp_rank] for part in parts]
-        return _interleave(local, max(row.units(tp_size) // tp_size, 1)).contiguous()
+        return self.shard_of_own(row, [part.chunk(tp_size)[tp_rank] for part in parts], tp_size)
+
+    def shard_of_own(self, row: Row, own: Sequence[torch.Tensor], tp_size: int) -> torch.Tensor:
+        """One rank's contiguous shard of a cut row, from its own section of each part along ``row.axis``."""
+        return _interleave(own, max(row.units(tp_size) // tp_size, 1)).contiguous()
 
     def shard_rows(self, row: Row, parts: Sequence[torch.Tensor], tp_rank: int, tp_size: int, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of one rank's shard of a layer's tensor; of mapped files no other row is read."""
