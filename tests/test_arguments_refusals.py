@@ -153,8 +153,6 @@ def test_accepted_values_are_checked(name: str, value: str, command: str, minima
         (TRAIN, "--tokenizer-type Llama2Tokenizer", ["PretrainedFromHF"]),
         (TRAIN, "--rope-scaling-type llama3", ["--rope-scaling-type llama3", "config.json"]),
         (TRAIN, "--distributed-backend mpi", ["--distributed-backend mpi", "gloo"]),
-        (INFER, "--task chat", ["--task chat", "later release", "greedy"]),
-        (INFER, "--task greedy beam_search", ["--task beam_search", "later release"]),
         (INFER, "--top-p 0", ["--top-p 0"]),
         (INFER, "--temperature -1", ["--temperature -1"]),
         (INFER, "--hf-chat-template --prompt-type qwen3", ["contradict"]),

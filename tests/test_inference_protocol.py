@@ -119,7 +119,7 @@ def test_another_version_of_the_template_is_refused() -> None:
     [
         ({"prompts": ("  ",)}, "--prompt is empty"),
         ({"max_new_tokens": 0}, "--max-new-tokens 0"),
-        ({"tasks": ("chat",)}, "--task chat"),
+        ({"tasks": ("no_such",)}, "--task no_such"),
         ({"temperature": 0.0}, "--temperature 0.0"),
         ({"top_p": 1.5}, "--top-p 1.5"),
         ({"top_k": -1}, "--top-k -1"),

@@ -17,6 +17,7 @@ NAMES = [
     "data_convert_qwen3_instruction",
     "tune_qwen3_8b_4K_full_ptd",
     "tune_qwen3_8b_4K_lora_ptd",
+    "chat_qwen3_8b_ptd",
     "generate_qwen3_8b_ptd",
     "generate_qwen3_8b_lora_ptd",
     "evaluate_qwen3_8b_ptd",

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mindspeed_lora.arguments.checks_asking import check_asking
 from mindspeed_lora.arguments.configs import LORA_TARGETS, TrainConfig
-from mindspeed_lora.arguments.flag import CONVERT, PREPROCESS, RUNS, TRAIN, Flag
+from mindspeed_lora.arguments.flag import CONVERT, INFER, PREPROCESS, RUNS, TRAIN, Flag
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.manifest import MANIFEST_NAME, read_manifest
 
@@ -58,7 +59,7 @@ def check_values(command: str, values: Values, sources: Sources) -> list[str]:
     Raises:
         UsageError: flags contradict each other, or one needs another.
     """
-    notes: list[str] = []
+    notes: list[str] = check_asking(values, sources) if command == INFER else []
     _check_lora(command, values, sources)
     if values.get("tokenizer.use_fast") is False:
         notes.append("--tokenizer-not-use-fast: the slow tokenizer is taken where the installed transformers still has one")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+BASE = "base"  # stands for no adapter, wherever one of several may be named
 LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
@@ -218,9 +219,19 @@ class InferenceConfig:
     template: TemplateFlags
     architecture: ArchitectureFlags = field(default_factory=ArchitectureFlags)
     lora: LoraFlags | None = None
-    tasks: tuple[str, ...] = ("greedy", "do_sample")
-    prompts: tuple[str, ...] = ("how are you?",)
+    adapters: tuple[tuple[str, Path], ...] = ()  # (name, folder) of each; load.lora_load is the first
+    tasks: tuple[str, ...] = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
+    prompts: tuple[str, ...] = ("how are you?",)  # ("-",): one on each line of standard input
+    input_file: Path | None = None
+    output_file: Path | None = None  # set where input_file is
+    system_prompt: str | None = None
+    compare_base: bool = False
+    stream: bool = True
+    show_thinking: bool = True
+    history_turns: int = 3
+    num_beams: int = 2
     max_new_tokens: int = 128
+    max_length: int | None = None  # tokens of prompt and answer; set only where max_new_tokens was not passed
     top_p: float = 0.95
     top_k: int = 50
     temperature: float = 0.7

@@ -3,33 +3,60 @@
 from __future__ import annotations
 
 from mindspeed_lora.arguments.flag import EVALUATE, INFER, Flag, accepted, active
-from mindspeed_lora.arguments.values import COUNT, COUNT_OR_ZERO, PATH, POSITIVE, RAW_TEXT, SHARE, TEXT
+from mindspeed_lora.arguments.values import COUNT, COUNT_OR_ZERO, NAMED_PATH, PATH, POSITIVE, RAW_TEXT, SHARE, TEXT
 
-LATER_TASK = "comes with a later release; use --task greedy, --task do_sample or both"
 NO_NEEDLEBENCH = "lm-evaluation-harness has no such task; its niah_single_1 and ruler ask for needles too, but make their own data"
+
+ASK = "prompts and answers"
+TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
 
 INFERENCE = [
     active(
-        "--prompt", (INFER,), "prompts and answers", "what to ask; several are answered one after the other", RAW_TEXT, "prompts", many=True
+        "--lora-load",
+        (INFER,),
+        "files",
+        "adapter folder: ours, MindSpeed-LLM's or PEFT's; several with a name each: a=PATH b=PATH",
+        NAMED_PATH,
+        "adapters",
+        many=True,
+    ),
+    active("--prompt", (INFER,), ASK, "what to ask, one after the other; -: each line of standard input", RAW_TEXT, "prompts", many=True),
+    active("--system-prompt", (INFER,), ASK, "stands before the conversation, in a template's own form", TEXT, "system_prompt"),
+    active(
+        "--input-file",
+        (INFER,),
+        ASK,
+        "jsonl of prompts (field prompt or messages; system, adapter)",
+        PATH,
+        "input_file",
+        must_exist="file",
     ),
     active(
-        "--task",
+        "--output-file",
         (INFER,),
-        "prompts and answers",
-        "how to choose tokens",
-        TEXT,
-        "tasks",
-        many=True,
-        choices=("greedy", "do_sample"),
-        not_yet={name: f"{name} {LATER_TASK}" for name in ("beam_search", "beam_search_with_sampling", "chat")},
+        ASK,
+        "jsonl of the same records with their answers; the same command continues a run that was ended",
+        PATH,
+        "output_file",
+        default_text="<input file>.answers.jsonl",
     ),
-    active("--max-new-tokens", (INFER,), "prompts and answers", "longest answer", COUNT, "max_new_tokens", unit="tokens"),
-    active("--top-p", (INFER,), "prompts and answers", "do_sample: smallest set of tokens with this probability", SHARE, "top_p"),
-    active("--top-k", (INFER,), "prompts and answers", "do_sample: most likely tokens to choose from; 0: all", COUNT_OR_ZERO, "top_k"),
-    active("--temperature", (INFER,), "prompts and answers", "do_sample: below 1 sharper, above 1 flatter", POSITIVE, "temperature"),
-    active("--add-eos-token", (INFER,), "prompts and answers", "further tokens that end an answer", TEXT, "add_eos_token", many=True),
+    active("--task", (INFER,), ASK, "how to choose tokens", TEXT, "tasks", many=True, choices=TASKS),
+    active("--compare-base", (INFER,), ASK, "answer also with the base alone, side by side", None, "compare_base"),
+    active("--max-new-tokens", (INFER,), ASK, "longest answer", COUNT, "max_new_tokens", unit="tokens"),
+    active(
+        "--max-length", (INFER,), ASK, "longest prompt and answer together (without --max-new-tokens)", COUNT, "max_length", unit="tokens"
+    ),
+    active("--num-beams", (INFER,), ASK, "beam_search: answers that are followed at a time", COUNT, "num_beams"),
+    active("--top-p", (INFER,), ASK, "sampling and chat: smallest set of tokens with this probability", SHARE, "top_p"),
+    active("--top-k", (INFER,), ASK, "sampling and chat: most likely tokens to choose from; 0: all", COUNT_OR_ZERO, "top_k"),
+    active("--temperature", (INFER,), ASK, "sampling and chat: below 1 sharper, above 1 flatter", POSITIVE, "temperature"),
+    active("--add-eos-token", (INFER,), ASK, "further tokens that end an answer", TEXT, "add_eos_token", many=True),
+    active("--history-turns", (INFER,), ASK, "chat: earlier turns that the model sees; 0: none", COUNT_OR_ZERO, "history_turns"),
+    active("--stream", (INFER,), ASK, "print an answer while it grows (the default)", None, "stream"),
+    active("--no-stream", (INFER,), ASK, "print an answer when it is ready", None, "stream", const=False),
+    active("--show-thinking", (INFER,), ASK, "print the model's thoughts (the default)", None, "show_thinking"),
+    active("--hide-thinking", (INFER,), ASK, "leave the model's thoughts out", None, "show_thinking", const=False),
     active("--micro-batch-size", (INFER,), "batch and length", "prompts answered together", COUNT, "micro_batch_size"),
-    *accepted("max-length", (INFER,), "--max-new-tokens limits the answer, and wins over it in MindSpeed-LLM as well", COUNT),
     *accepted("use-kv-cache", (INFER,), "the key-value cache is always on", dest=("use_kv_cache",)),
 ]
 

@@ -19,7 +19,15 @@ LOADING = [
         required=True,
         must_exist="folder",
     ),
-    active("--lora-load", RUNS, "files", "adapter folder: ours, MindSpeed-LLM's or PEFT's", PATH, "load.lora_load", must_exist="folder"),
+    active(
+        "--lora-load",
+        (TRAIN, EVALUATE),
+        "files",
+        "adapter folder: ours, MindSpeed-LLM's or PEFT's",
+        PATH,
+        "load.lora_load",
+        must_exist="folder",
+    ),
     active("--verify", RUNS, "files", "check the checksum of every file before the run", None, "load.verify"),
     active(
         "--tokenizer-name-or-path",

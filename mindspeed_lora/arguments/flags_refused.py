@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_lora.arguments.flag import COMMANDS, CONVERT, EVALUATE, INFER, PREPROCESS, RUNS, Flag, refused
+from mindspeed_lora.arguments.flag import COMMANDS, CONVERT, EVALUATE, PREPROCESS, RUNS, Flag, refused
 from mindspeed_lora.arguments.flags_model import LATER_FP16
 from mindspeed_lora.arguments.values import TEXT
 
@@ -13,7 +13,6 @@ MTP = "multi-token prediction comes with a later release; leave it out"
 FAMILY = "the families that need it (Gemma, GLM, MiniCPM, Phi and others) come with a later release; Qwen3 dense and Llama work"
 LINEAR_ATTENTION = "linear attention (Qwen3-Next, Mamba) is not supported; Qwen3 dense and Llama work"
 PLACEMENT = "uneven and empty layers come with a later release; use a pipeline size that divides the number of layers"
-CHAT = "--task chat comes with a later release, and this flag with it"
 TORCHRUN = "this flag belongs to torchrun: put it before the name of the program"
 
 EXPERT_FLAGS = [
@@ -105,7 +104,6 @@ RUN_FLAGS = [
         (EVALUATE,),
         "the task's name says it: bbh reasons step by step (bbh_fewshot does not), gsm8k_cot is lm-evaluation-harness's; leave it out",
     ),
-    *refused("history-turns", (INFER,), CHAT, TEXT),
     *refused("load-checkpoint-loosely", RUNS, "a missing or unknown tensor is always an error; leave it out"),
     *refused("hidden-size num-layers", (CONVERT,), "the model's sizes come from config.json; leave it out", TEXT),
     *refused("nproc_per_node nnodes node_rank master_addr master_port local-rank local_rank", COMMANDS, TORCHRUN, TEXT),

@@ -194,10 +194,16 @@ def _accepted_notes(given: Given) -> list[str]:
     return ["accepted flags that have nothing to do here:", *(f"  {' '.join(names)}: {reason}" for reason, names in by_reason.items())]
 
 
+def _shown_path(value: Any) -> str:
+    return str(value[0][1]) if isinstance(value, tuple) else str(value)
+
+
 def _check_required(command: str, given: Given) -> None:
     present = {flag.name: value for flag, value in given}
     if "--lora-load" in present and command in RUNS and "--load" not in present:
-        raise UsageError(f"--lora-load {present['--lora-load']} without --load: an adapter needs its base model; add --load BASE")
+        raise UsageError(
+            f"--lora-load {_shown_path(present['--lora-load'])} without --load: an adapter needs its base model; add --load BASE"
+        )
     missing = [flag for flag in flags_of(command).values() if flag.required and flag.name not in present]
     if missing:
         shown = "; ".join(f"{flag.name} ({flag.help})" for flag in missing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,16 @@ def _json_object(text: str) -> dict[str, object]:
     return value
 
 
+def _named_path(text: str) -> tuple[str, Path]:
+    """``a=DIR`` or ``DIR`` (a folder with ``=`` in its name: ``./a=b``)."""
+    name, equals, folder = text.partition("=")
+    if not equals or "/" in name:
+        return "", _path(text)
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise ValueError(text)
+    return name, _path(folder)
+
+
 COUNT = ValueType("N", "a whole number of at least 1", _whole_number(1))
 COUNT_OR_ZERO = ValueType("N", "a whole number of at least 0", _whole_number(0))
 WHOLE = ValueType("N", "a whole number", _whole_number(-(2**63)))
@@ -96,6 +107,7 @@ BELOW_HALF = ValueType("X", "a number from 0 to below 0.5", _number(lambda value
 DECAY = ValueType("X", "a number from 0 to below 1", _number(lambda value: 0 <= value < 1))
 TEXT = ValueType("TEXT", "a text that is not empty", _text)
 RAW_TEXT = ValueType("TEXT", "any text", str)
+NAMED_PATH = ValueType("[NAME=]PATH", "a path, or NAME=PATH with a name of letters, digits, dots and dashes", _named_path)
 PATH = ValueType("PATH", "a path", _path)
 PROBABILITIES = ValueType("P,P,..", "numbers above 0 and at most 1, with commas between them, such as 0.7,0.3", _probabilities)
 SPLIT = ValueType("A,B,C", "three shares (train, validation, test) of at least 0, the first above 0, such as 100,0,0", _split)

@@ -55,8 +55,10 @@ def load_base(stages: Sequence[nn.Module], base: Base, table: WeightTable, conte
 
 
 @torch.no_grad()
-def load_adapter(stages: Sequence[nn.Module], adapter: Adapter, table: WeightTable, context: ParallelContext) -> LoadReport:
-    """Copy every LoRA tensor of this rank.
+def load_adapter(
+    stages: Sequence[nn.Module], adapter: Adapter, table: WeightTable, context: ParallelContext, adapter_name: str = "default"
+) -> LoadReport:
+    """Copy every LoRA tensor of this rank; ``adapter_name``: which of the stage's adapters it becomes.
 
     Raises:
         CheckpointError: a tensor is missing or of another shape.
@@ -64,9 +66,9 @@ def load_adapter(stages: Sequence[nn.Module], adapter: Adapter, table: WeightTab
     count = 0
     for stage in stages:
         for name, parameter in stage.named_parameters():
-            if ".lora_" not in name:
+            if ".lora_" not in name or f".{adapter_name}." not in name:
                 continue
-            lora_row = table.lora_row(name)
+            lora_row = table.lora_row(name.replace(f".{adapter_name}.", ".default."))
             row, layer = table.parse(base_name(name))
             a, b_parts = adapter.lora_parts(row, layer)
             parts = [a] if ".lora_A." in name else b_parts

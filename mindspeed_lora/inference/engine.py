@@ -44,6 +44,8 @@ class Engine:
         self._context, self._replica = context, channels.replica
         self._stopped = False
         self._broken = False  # an order was begun and not carried out
+        self._awaited = False  # logits are on their way from the last stage
+        self.interrupted = False  # Ctrl-C came amid an order: it is carried out first, so that the workers can be released
         self._cached_rows = 0
         self.vocab_size: int = stage.config.vocab_size
         self.device: torch.device = context.device
@@ -58,15 +60,27 @@ class Engine:
         with other_ranks("a worker"):
             send_message(message, self._replica)
             result = self._executor.execute(message)
-        self._broken = False
+        self._awaited = result is None and message.output == Output.LOGITS  # the last stage stands there until they are fetched
+        self._end_order()
         return result
 
     def _collect(self, message: Message) -> torch.Tensor | Scores:
         self._broken = True
         with other_ranks("a worker"):
             result = self._executor.collect(message)
-        self._broken = False
+        self._awaited = False
+        self._end_order()
         return result
+
+    @property
+    def busy(self) -> bool:
+        """Whether an order is being carried out."""
+        return self._broken or self._awaited
+
+    def _end_order(self) -> None:
+        self._broken = False
+        if self.interrupted and not self._awaited:
+            raise KeyboardInterrupt
 
     def forward(self, ids: torch.Tensor, real: torch.Tensor | None = None, use_cache: bool = False, keep_last: int = 1) -> torch.Tensor:
         """Logits of the last ``keep_last`` positions.

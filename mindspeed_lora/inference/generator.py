@@ -176,16 +176,21 @@ def generate(
     use_cache: bool = True,
     streamer: AnswerStreamer | None = None,
     criteria: Sequence[StoppingCriteria] = (),
+    kept: int | None = None,
 ) -> list[list[int]]:
     """Continue each prompt (token ids); several at once are padded on the left.
 
     ``seed`` starts torch's generators of this process; nothing random happens on other ranks. ``streamer`` takes one
-    prompt and no beams. ``criteria`` end a row early.
+    prompt and no beams. ``criteria`` end a row early. ``kept``: the cache holds at least that many first
+    tokens of the one prompt already, and keeps this answer's too; None: it begins and ends empty.
 
     Returns:
         The new tokens of each prompt, up to and without its stop token.
     """
-    model.engine.reset()
+    if kept:
+        model.engine.crop(kept)
+    else:
+        model.engine.reset()
     if seed is not None:
         torch.manual_seed(seed)
     ids, mask = pad_left(prompts, limits.pad_id)
@@ -202,7 +207,8 @@ def generate(
     if use_cache:
         inputs["past_key_values"] = EngineCache(model.engine)
     output = model.generate(generation_config=config, streamer=streamer, **inputs)  # type: ignore[misc]
-    model.engine.reset()
+    if kept is None:
+        model.engine.reset()
     return [_answer(row, limits.stop_ids) for row in output[:, ids.shape[1] :].tolist()]
 
 

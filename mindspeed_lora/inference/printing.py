@@ -26,9 +26,9 @@ class AnswerPrinter:
         self._start = time.perf_counter()
         self.write(f"\n{f' {title} '.center(_WIDTH, '=')}\n")
 
-    def question(self, prompt: str) -> None:
-        """The prompt, and the line after which the answer stands."""
-        self.write(f"\nYou:\n{prompt}\n\nMindSpeed-LLM:\n")
+    def question(self, prompt: str, label: str = "") -> None:
+        """The prompt, and the line after which the answer stands; ``label``: whose answer it is, where there are several."""
+        self.write(f"\nYou:\n{prompt}\n\nMindSpeed-LLM{f' ({label})' if label else ''}:\n")
 
     def end(self) -> None:
         """Close the block and say how long it took, in seconds."""

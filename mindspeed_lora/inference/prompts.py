@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mindspeed_lora.arguments.configs import TemplateFlags
 from mindspeed_lora.data.chat_template import HF_CHAT_TEMPLATE, ChatTemplate
-from mindspeed_lora.data.templates import Template, load_template
+from mindspeed_lora.data.templates import DEFAULT_THOUGHT_WORDS, Template, load_template
 from mindspeed_lora.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -45,13 +45,26 @@ class PromptFormat:
         Raises:
             UsageError: the prompt is empty, or the tokenizer has no chat template.
         """
-        if not prompt.strip():
+        return self.encode_conversation(tokenizer, [{"role": "user", "content": prompt}])
+
+    def encode_conversation(
+        self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], system: str | None = None
+    ) -> list[int]:
+        """Ids of a conversation, up to where the model answers its last message; raw: its texts behind one another.
+
+        Raises:
+            UsageError: the last message is empty, ``system`` has no place in this form, or the tokenizer has no chat template.
+        """
+        if not messages[-1]["content"].strip():
             raise UsageError("--prompt is empty; give a text to continue or to answer")
-        messages = [{"role": "user", "content": prompt}]
         if self.template is not None:
-            return self.template.encode_prompt(tokenizer, messages, thinking=self.thinking)
+            return self.template.encode_prompt(tokenizer, messages, system, thinking=self.thinking)
         if self.use_chat_template:
-            return self._encode_chat(tokenizer, messages)
+            leading = [] if system is None else [{"role": "system", "content": system}]
+            return self._encode_chat(tokenizer, [*leading, *messages])
+        if system is not None:
+            raise UsageError("--system-prompt needs a template, and the prompt is raw here; pass --prompt-type or leave it out")
+        prompt = "".join(message["content"] for message in messages)
         has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
         ids = tokenizer.encode(prompt, add_special_tokens=not has_bos)
         if not ids:
@@ -73,6 +86,12 @@ class PromptFormat:
         if not add_generation_prompt:
             mode["continue_final_message"] = True
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **mode))
+
+    @property
+    def thought_words(self) -> tuple[str, str]:
+        """What stands before and behind a thought."""
+        start, end = DEFAULT_THOUGHT_WORDS if self.template is None else self.template.thought_words
+        return start.strip(), end.strip()
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
         """Ids that end an answer by this form."""

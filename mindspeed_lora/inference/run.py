@@ -1,7 +1,8 @@
-"""``inference.py``: answers prompts with the base, or with base and adapter, at any layout."""
+"""``inference.py``: answers prompts with the base, or with base and adapters, at any layout."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,12 +11,15 @@ from mindspeed_lora.arguments.configs import InferenceConfig
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.inference.channel import StoppedElsewhere
 from mindspeed_lora.inference.printing import AnswerPrinter
+from mindspeed_lora.inference.records import AnswerFile, Request, fingerprint, read_requests
 from mindspeed_lora.inference.session import Session, lead, open_session
+from mindspeed_lora.inference.voices import Voice
 from mindspeed_lora.log import get_logger
 
 if TYPE_CHECKING:
+    from mindspeed_lora.inference.answering import Answerer
     from mindspeed_lora.inference.engine import Engine
-    from mindspeed_lora.inference.generator import Limits, ParallelCausalLM, Strategy
+    from mindspeed_lora.inference.generator import Strategy
 
 
 @dataclass(frozen=True)
@@ -24,15 +28,27 @@ class Task:
 
     title: str
     do_sample: bool = False
-    num_beams: int = 1
+    beams: bool = False
 
 
+CHAT = "chat"
 TASKS = {
     "greedy": Task("Greedy Search"),
     "do_sample": Task("Do Sample", do_sample=True),
-    "beam_search": Task("Beam Search", num_beams=2),
-    "beam_search_with_sampling": Task("Beam Search with sampling", do_sample=True, num_beams=2),
+    "beam_search": Task("Beam Search", beams=True),
+    "beam_search_with_sampling": Task("Beam Search with sampling", do_sample=True, beams=True),
+    CHAT: Task("Chat", do_sample=True),
 }
+TYPED = ("-",)
+
+
+@dataclass
+class Questions:
+    """What is asked, as the first rank has read it."""
+
+    prompts: tuple[str, ...] = ()
+    requests: Sequence[Request] = ()
+    output: AnswerFile | None = None
 
 
 def infer(config: InferenceConfig) -> int:
@@ -43,24 +59,43 @@ def infer(config: InferenceConfig) -> int:
 
     Raises:
         MindSpeedLoraError: on the rank that met the error.
+        KeyboardInterrupt: Ctrl-C, on the first rank.
     """
+    questions = Questions()
     try:
-        session = open_session(config, all_replicas=False, prepare=lambda: _check(config))
+        session = open_session(
+            config,
+            all_replicas=config.input_file is not None,
+            prepare=lambda: _prepare(config, questions),
+            examine=lambda session: _examine(config, session, questions),
+        )
     except StoppedElsewhere as stopped:
         return stopped.exit_code
-    return lead(session, lambda engine: _answer_all(config, session, engine))
+    return lead(session, lambda engine: _work(config, session, engine, questions))
 
 
-def _check(config: InferenceConfig) -> None:
+def _prepare(config: InferenceConfig, questions: Questions) -> None:
+    """First rank, before anything is loaded: check the values and read the questions."""
     unknown = [task for task in config.tasks if task not in TASKS]
     if unknown:
-        raise UsageError(f"--task {' '.join(unknown)} is not supported yet; use any of {', '.join(TASKS)}")
+        raise UsageError(f"--task {' '.join(unknown)} is unknown; use any of {', '.join(TASKS)}")
     if config.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {config.max_new_tokens} must be at least 1")
-    if not config.prompts or not all(prompt.strip() for prompt in config.prompts):
-        raise UsageError("--prompt is empty; give a text to continue or to answer")
     if any(TASKS[task].do_sample for task in config.tasks):
         _check_sampling(config)
+    if config.input_file is not None:
+        assert config.output_file is not None
+        questions.requests = read_requests(config.input_file)
+        questions.output = AnswerFile(config.output_file, fingerprint(config, questions.requests))
+        questions.output.open()
+        return
+    questions.prompts = config.prompts
+    if config.prompts == TYPED:
+        if CHAT in config.tasks:
+            raise UsageError("--prompt - and --task chat both read standard input; name other tasks, or leave --prompt out")
+        questions.prompts = tuple(line.strip() for line in sys.stdin if line.strip())
+    if not questions.prompts or not all(prompt.strip() for prompt in questions.prompts):
+        raise UsageError("--prompt is empty; give a text to continue or to answer")
 
 
 def _check_sampling(config: InferenceConfig) -> None:
@@ -72,77 +107,79 @@ def _check_sampling(config: InferenceConfig) -> None:
         raise UsageError(f"--top-k {config.top_k} must not be negative (0: all tokens)")
 
 
-def encode_prompts(config: InferenceConfig, session: Session) -> list[list[int]]:
-    """Token ids of every prompt.
+def _examine(config: InferenceConfig, session: Session, questions: Questions) -> None:
+    """First rank, before weights are read: everything that a prompt can be refused for."""
+    from mindspeed_lora.inference.answering import check_limits, encode, stop_ids
+    from mindspeed_lora.inference.batch import plan_batches
 
-    Raises:
-        UsageError: one is empty, or too long for the model together with its answer.
-    """
-    encoded = []
-    for prompt in config.prompts:
-        ids = session.prompt_format.encode(session.tokenizer, prompt)
-        if len(ids) + config.max_new_tokens > session.max_length:
-            raise UsageError(
-                f"--prompt has {len(ids)} tokens, with --max-new-tokens {config.max_new_tokens} that is more than the "
-                f"{session.max_length} of {session.max_length_source}; shorten the prompt or pass a smaller --max-new-tokens"
-            )
-        encoded.append(ids)
-    return encoded
+    check_limits(config, session)
+    for voice in session.voices:
+        stop_ids(config, session, voice)
+    if questions.output is not None:
+        plan_batches(config, session, questions.requests)
+    elif config.tasks != (CHAT,):
+        for voice in _asked(config, session):
+            for prompt in questions.prompts:
+                encode(config, session, voice, [{"role": "user", "content": prompt}])
 
 
-def stop_ids(config: InferenceConfig, session: Session) -> tuple[int, ...]:
-    """What ends an answer: the model's and the template's tokens, and ``--add-eos-token``.
-
-    Raises:
-        UsageError: a token is not in the vocabulary.
-    """
-    vocabulary = session.tokenizer.get_vocab() if config.add_eos_token else {}
-    unknown = [token for token in config.add_eos_token if token not in vocabulary]
-    if unknown:
-        raise UsageError(f"--add-eos-token {' '.join(unknown)}: not a token of the tokenizer at {session.tokenizer.name_or_path}")
-    return tuple(sorted({*session.stop_ids, *(vocabulary[token] for token in config.add_eos_token)}))
+def _asked(config: InferenceConfig, session: Session) -> list[Voice]:
+    """Who answers a prompt: every adapter, or the base where there is none or it is to be compared."""
+    return [voice for voice in session.voices if voice.adapter is not None or config.compare_base or len(session.voices) == 1]
 
 
-def _answer_all(config: InferenceConfig, session: Session, engine: Engine) -> None:
-    from mindspeed_lora.inference.generator import Limits, ParallelCausalLM, Strategy
+def strategy_of(config: InferenceConfig, task: Task) -> Strategy:
+    """The flags that the task takes."""
+    from mindspeed_lora.inference.generator import Strategy
 
-    encoded = encode_prompts(config, session)
-    limits = Limits(config.max_new_tokens, stop_ids(config, session), session.pad_id)
-    model, size = ParallelCausalLM(engine), max(config.micro_batch_size, 1)
-    get_logger().info(
-        f"prompt format: {session.prompt_format.name}, thinking {session.prompt_format.thinking} ({session.prompt_format.source})"
-    )
-    for name in config.tasks:
-        task = TASKS[name]
-        sampling = (config.temperature, config.top_k, config.top_p) if task.do_sample else ()
-        strategy = Strategy(task.do_sample, task.num_beams, *sampling)
-        pairs = list(zip(config.prompts, encoded, strict=True))
-        for start in range(0, len(pairs), size):
-            _answer_group(config, session, model, task, strategy, limits, pairs[start : start + size])
+    sampling = (config.temperature, config.top_k, config.top_p) if task.do_sample else ()
+    return Strategy(task.do_sample, config.num_beams if task.beams else 1, *sampling)
 
 
-def _answer_group(
-    config: InferenceConfig,
-    session: Session,
-    model: ParallelCausalLM,
-    task: Task,
-    strategy: Strategy,
-    limits: Limits,
-    prompts: Sequence[tuple[str, list[int]]],
-) -> None:
-    """One block per prompt. A prompt alone is streamed; beams and several prompts at once appear when they are ready."""
-    from mindspeed_lora.inference.generator import AnswerStreamer, generate
+def _work(config: InferenceConfig, session: Session, engine: Engine, questions: Questions) -> None:
+    """Driver of each replica that has weights."""
+    from mindspeed_lora.inference.answering import Answerer
+    from mindspeed_lora.inference.batch import answer_file
+    from mindspeed_lora.inference.chat import Chat, run_chat
 
+    for voice in session.voices[: max(len(session.voices) - 1, 1)]:
+        form = voice.prompt_format
+        get_logger().info(f"prompt format of {voice.name}: {form.name}, thinking {form.thinking} ({form.source})")
+    answerer = Answerer(config, session, engine)
+    if config.input_file is not None:
+        output = questions.output or AnswerFile(config.output_file or config.input_file, "")
+        answer_file(answerer, strategy_of(config, TASKS[config.tasks[0]]), questions.requests, output)
+        get_logger().info(f"answers are in {config.output_file}")
+        return
     printer = AnswerPrinter()
-    printer.heading(task.title)
-    streamer = None
-    if len(prompts) == 1 and task.num_beams == 1:
-        printer.question(prompts[0][0])
-        streamer = AnswerStreamer(session.tokenizer, limits.stop_ids, printer.write)
-    ids = [ids for _, ids in prompts]
-    answers = generate(model, ids, strategy, limits, config.runtime.seed, config.use_kv_cache, streamer)
-    if streamer is None:
-        for (prompt, _), answer in zip(prompts, answers, strict=True):
-            printer.question(prompt)
-            printer.write(str(session.tokenizer.decode(answer, skip_special_tokens=True)))
+    for name in config.tasks:
+        strategy = strategy_of(config, TASKS[name])
+        if name == CHAT:
+            printer.heading(TASKS[name].title)
+            run_chat(Chat(answerer, strategy, printer), printer, config.runtime.seed)
+            continue
+        size = max(config.micro_batch_size, 1)
+        for start in range(0, len(questions.prompts), size):
+            _answer_group(answerer, printer, TASKS[name].title, strategy, questions.prompts[start : start + size])
+
+
+def _answer_group(answerer: Answerer, printer: AnswerPrinter, title: str, strategy: Strategy, prompts: Sequence[str]) -> None:
+    """One block of prompts, by each voice. A prompt alone is streamed; beams and several prompts at once appear when they are ready."""
+    from mindspeed_lora.inference.answering import encode
+
+    config, session = answerer.config, answerer.session
+    printer.heading(title)
+    voices = _asked(config, session)
+    for number, voice in enumerate(voices):
+        printer.write("\n" if number else "")
+        label = "" if len(voices) == 1 else voice.name
+        ids = [encode(config, session, voice, [{"role": "user", "content": prompt}]) for prompt in prompts]
+        streamed = config.stream and len(prompts) == 1 and strategy.num_beams == 1
+        if streamed:
+            printer.question(prompts[0], label)
+        answers = answerer.answer(voice, ids, strategy, config.runtime.seed, printer.write if streamed else None)
+        if not streamed:
+            for prompt, answer in zip(prompts, answers, strict=True):
+                printer.question(prompt, label)
+                printer.write(answer.text)
     printer.end()

@@ -25,7 +25,9 @@ from mindspeed_lora.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from mindspeed_lora.errors import CheckpointError, MindSpeedLoraError, UsageError
 from mindspeed_lora.inference.channel import Channels, RankDied, StoppedElsewhere, agree, open_channels
 from mindspeed_lora.inference.engine import Engine, serve
+from mindspeed_lora.inference.interrupt import Interrupted, interruptible, left_to_the_driver
 from mindspeed_lora.inference.prompts import PromptFormat, resolve_prompt_format
+from mindspeed_lora.inference.voices import DEFAULT_NAME, LoadedAdapter, Voice, internal_name, voices_of
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.model.stage import GPTStage
 from mindspeed_lora.ops.nf4 import Nf4, check_nf4
@@ -34,7 +36,7 @@ from mindspeed_lora.parallel.on_demand import BaseStorage
 from mindspeed_lora.weights.adapters import Adapter
 from mindspeed_lora.weights.config import ModelConfig
 from mindspeed_lora.weights.lora_spec import LoraSpec
-from mindspeed_lora.weights.sources import Base
+from mindspeed_lora.weights.sources import Base, open_adapter
 from mindspeed_lora.weights.table import WeightTable
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class Session:
     max_length: int
     max_length_source: str
     scored: dict[str, Any]
+    voices: tuple[Voice, ...] = ()  # the adapters in the order of --lora-load, and the base
 
     @property
     def is_driver(self) -> bool:
@@ -75,11 +78,17 @@ class Session:
         return int(pad) if pad is not None and pad < self.model.vocab_size else 0
 
 
-def open_session(config: InferenceConfig | EvaluationConfig, all_replicas: bool, prepare: Callable[[], None] | None = None) -> Session:
+def open_session(
+    config: InferenceConfig | EvaluationConfig,
+    all_replicas: bool,
+    prepare: Callable[[], None] | None = None,
+    examine: Callable[[Session], None] | None = None,
+) -> Session:
     """Load the model at the run's layout. Collective: every rank calls it, and all go on or none.
 
     ``all_replicas`` False leaves every data-parallel replica but the first without weights. ``prepare`` is called on the
-    first rank before anything heavy, for checks of the verb's own.
+    first rank before anything heavy, for checks of the verb's own; ``examine`` likewise, before weights are read, with a session
+    that lacks only those.
 
     Raises:
         MindSpeedLoraError: on the lowest rank with an error; StoppedElsewhere on the others.
@@ -99,7 +108,7 @@ def open_session(config: InferenceConfig | EvaluationConfig, all_replicas: bool,
         if prepare is not None and context.rank == 0:
             prepare()
         _note_ignored(config)
-        session = _load(config, context, channels, all_replicas or context.dp_rank == 0)
+        session = _load(config, context, channels, all_replicas or context.dp_rank == 0, examine)
     except MindSpeedLoraError as caught:
         error = caught
     agree(error, channels.world)
@@ -116,7 +125,13 @@ def _note_ignored(config: InferenceConfig | EvaluationConfig) -> None:
         )
 
 
-def _load(config: InferenceConfig | EvaluationConfig, context: ParallelContext, channels: Channels, with_weights: bool) -> Session:
+def _load(
+    config: InferenceConfig | EvaluationConfig,
+    context: ParallelContext,
+    channels: Channels,
+    with_weights: bool,
+    examine: Callable[[Session], None] | None,
+) -> Session:
     start = find_start(replace(config.load, finetune=True), config.lora is not None)
     base, adapter = start.base, start.adapter
     for note in start.notes:
@@ -126,33 +141,50 @@ def _load(config: InferenceConfig | EvaluationConfig, context: ParallelContext, 
             "LoRA flags without an adapter: --lora-load is missing, and --load holds none; pass --lora-load or leave the flags out"
         )
     model = resolve_model_config(base, config.architecture, context.tp_size)
-    table = WeightTable(model)
-    if adapter is not None:
-        check_adapter_base(adapter, base)
-        adapter.check_coverage(table)
-    spec = resolve_lora(config.lora, adapter, table)
+    adapters = [] if adapter is None else _open_adapters(config, adapter, base, WeightTable(model))
+    spec = adapters[0].spec if adapters else None
     dtype = resolve_dtype(config.runtime.params_dtype, base)
     tokenizer = load_tokenizer(config.tokenizer, base.config_dir)
-    manifest = adapter.manifest if adapter is not None else base.manifest
-    where = str(base.path if adapter is None else adapter.path)
-    _check_tokenizer(tokenizer, None if manifest is None else manifest.tokenizer, where)
-    prompt_format = _prompt_format(config, tokenizer, None if manifest is None else manifest.template, where)
-    stage = _build(config, context, model, dtype, spec, base, adapter) if with_weights else None
-    max_length, source = _max_length(config, model)
-    return Session(
+    stops = _generation_config_stops(base.config_dir or config.tokenizer.name_or_path)
+    formats = []
+    sources: list[Adapter | Base] = [each.source for each in adapters] or [base]
+    for source in sources:
+        recorded = source.manifest
+        _check_tokenizer(tokenizer, None if recorded is None else recorded.tokenizer, str(source.path))
+        found = _prompt_format(config, tokenizer, None if recorded is None else recorded.template, str(source.path))
+        formats.append((found, tuple(sorted(found.stop_token_ids(tokenizer) | stops))))
+    max_length, length_source = _max_length(config, model)
+    session = Session(
         context=context,
         channels=channels,
         model=model,
-        stage=stage,
+        stage=None,
         tokenizer=tokenizer,
-        prompt_format=prompt_format,
-        stop_ids=tuple(
-            sorted(prompt_format.stop_token_ids(tokenizer) | _generation_config_stops(base.config_dir or config.tokenizer.name_or_path))
-        ),
+        prompt_format=formats[0][0],
+        stop_ids=formats[0][1],
         max_length=max_length,
-        max_length_source=source,
+        max_length_source=length_source,
         scored=_describe(config, context, dtype, spec, base, adapter),
+        voices=voices_of(adapters, formats),
     )
+    if examine is not None and context.rank == 0:
+        examine(session)
+    return replace(session, stage=_build(config, context, model, dtype, base, adapters) if with_weights else None)
+
+
+def _open_adapters(config: InferenceConfig | EvaluationConfig, first: Adapter, base: Base, table: WeightTable) -> list[LoadedAdapter]:
+    """``first`` and the further ones of ``--lora-load a=DIR b=DIR``, each checked against the base."""
+    named = config.adapters if isinstance(config, InferenceConfig) else ()
+    names = [name for name, _ in named] or [""]
+    opened = [first, *(open_adapter(folder) for _, folder in named[1:])]
+    for adapter in opened:
+        check_adapter_base(adapter, base)
+        adapter.check_coverage(table)
+    return [
+        LoadedAdapter(name or DEFAULT_NAME, internal_name(number), adapter, spec)
+        for number, (name, adapter) in enumerate(zip(names, opened, strict=True))
+        if (spec := resolve_lora(config.lora, adapter, table)) is not None
+    ]
 
 
 def _prompt_format(
@@ -219,11 +251,10 @@ def _build(
     context: ParallelContext,
     model: ModelConfig,
     dtype: torch.dtype,
-    spec: LoraSpec | None,
     base: Base,
-    adapter: Adapter | None,
+    adapters: list[LoadedAdapter],
 ) -> GPTStage:
-    from mindspeed_lora.lora.inject import inject_lora
+    from mindspeed_lora.lora.inject import inject_lora, select_adapter
 
     table = WeightTable(model)
     table.check_tensor_parallel(context.tp_size)
@@ -232,17 +263,17 @@ def _build(
     if config.runtime.qlora:
         check_nf4(context.device.type)
         storage = BaseStorage(context, Nf4(), sharded=False)
-    stages = [GPTStage(model, layers, context.is_first_stage, context.is_last_stage, context, dtype, storage=storage)]
-    if spec is not None:
-        for stage in stages:
-            inject_lora(stage, table, spec, context, fusion=config.lora is not None and config.lora.fusion)
-    loaded = load_base(stages, base, table, context)
-    adapted = load_adapter(stages, adapter, table, context) if adapter is not None else None
-    for stage in stages:
-        stage.eval().requires_grad_(False)
-    count = f"{loaded.base} base tensors, {adapted.adapter if adapted else 0} adapter tensors, 0 missing"
+    stage = GPTStage(model, layers, context.is_first_stage, context.is_last_stage, context, dtype, storage=storage)
+    for adapter in adapters:
+        inject_lora(stage, table, adapter.spec, context, config.lora is not None and config.lora.fusion, adapter_name=adapter.internal)
+    loaded = load_base([stage], base, table, context).base
+    adapted = sum(load_adapter([stage], adapter.source, table, context, adapter.internal).adapter for adapter in adapters)
+    if adapters:
+        select_adapter(stage, adapters[0].internal)
+    stage.eval().requires_grad_(False)
+    count = f"{loaded} base tensors, {adapted} adapter tensors, 0 missing"
     get_logger().info(f"loaded on rank 0: {count}; {str(dtype).removeprefix('torch.')}, {context.device}")
-    return stages[0]
+    return stage
 
 
 def spread_layers(num_layers: int, pp_size: int) -> list[range]:
@@ -292,6 +323,7 @@ def lead(session: Session, work: Callable[[Engine], None]) -> int:
 
     Raises:
         MindSpeedLoraError: what ``work`` raised, on its rank.
+        KeyboardInterrupt: the user ended the run, on its rank.
         RankDied: another rank is gone; the ranks that are left do not wait for one another.
     """
     error: MindSpeedLoraError | None = None
@@ -299,18 +331,35 @@ def lead(session: Session, work: Callable[[Engine], None]) -> int:
         engine = Engine(session.stage, session.context, session.channels)
         code = _CRASH
         try:
-            work(engine)
+            with interruptible(engine):
+                work(engine)
             code = 0
         except RankDied:
             raise
+        except KeyboardInterrupt:
+            if engine.busy:
+                raise  # the workers are inside an order: they end with this process
+            error = Interrupted()
+            code = error.exit_code
+        except StoppedElsewhere as stopped:
+            code = stopped.exit_code
         except MindSpeedLoraError as caught:
             error, code = caught, caught.exit_code
         finally:
             engine.stop(code)
-    elif session.stage is not None and serve(session.stage, session.context, session.channels) == _CRASH:
-        return 1
+    else:
+        with left_to_the_driver():
+            if session.stage is not None and serve(session.stage, session.context, session.channels) == _CRASH:
+                return 1
+            return _ending(None, session)
+    return _ending(error, session)
+
+
+def _ending(error: MindSpeedLoraError | None, session: Session) -> int:
     try:
         agree(error, session.channels.world)
     except StoppedElsewhere as stopped:
         return stopped.exit_code
+    except Interrupted:
+        raise KeyboardInterrupt from None
     return 0

@@ -21,13 +21,21 @@ ADAPTER_NAME = "default"
 
 
 def inject_lora(
-    stage: nn.Module, table: WeightTable, spec: LoraSpec, context: ParallelContext, fusion: bool = False, seed: int | None = None
+    stage: nn.Module,
+    table: WeightTable,
+    spec: LoraSpec,
+    context: ParallelContext,
+    fusion: bool = False,
+    seed: int | None = None,
+    adapter_name: str = ADAPTER_NAME,
 ) -> int:
     """Wrap every target linear of ``stage`` and leave only A and B trainable.
 
     ``seed`` None leaves A uninitialised, for a stage that an adapter is loaded into; otherwise A is kaiming-uniform
     (a = sqrt 5) drawn from the seed and the parameter's global name, and B is zero. An adapter trained elsewhere may adapt
     some linears only, none of a stage perhaps, and the parts of one with their own A (:mod:`mindspeed_lora.weights.lora_blocks`).
+
+    ``adapter_name``: of a further adapter of the same base; forward passes use the one that :func:`select_adapter` chose last.
 
     Returns:
         Number of wrapped layers.
@@ -37,7 +45,11 @@ def inject_lora(
     """
     from mindspeed_lora.lora.layers import ParallelLoraLinear
 
-    linears = {name: module for name, module in stage.named_modules() if isinstance(module, (ColumnParallelLinear, RowParallelLinear))}
+    linears = [
+        name.removesuffix(".base_layer")
+        for name, module in stage.named_modules()
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear))
+    ]
     present = {name.rpartition(".")[2] for name in linears} - {"output_layer"}
     unmatched = [target for target in spec.targets if target not in present]
     if unmatched:
@@ -45,7 +57,7 @@ def inject_lora(
     adapted = {name: module for name in linears if name.rpartition(".")[2] in spec.targets and (module := spec.module(name)) is not None}
     stage.requires_grad_(False)
     if adapted:
-        _inject(stage, spec, adapted)
+        _inject(stage, spec, adapted, adapter_name)
     for name, module in adapted.items():
         layer = stage.get_submodule(name)
         assert isinstance(layer, ParallelLoraLinear)
@@ -53,13 +65,13 @@ def inject_lora(
         row, _ = table.parse(f"{name}.weight")
         masks, b_row = block_masks(row, module), table.lora_pair(row)[1]
         mask = table.shard(b_row, masks, context.tp_rank, context.tp_size) if masks else None
-        layer.set_blocks(ADAPTER_NAME, column_scales(spec, module), mask)
+        layer.set_blocks(adapter_name, column_scales(spec, module), mask)
     if seed is not None:
         initialize_lora(stage, table, context, seed)
     return len(adapted)
 
 
-def _inject(stage: nn.Module, spec: LoraSpec, adapted: Mapping[str, ModuleLora]) -> None:
+def _inject(stage: nn.Module, spec: LoraSpec, adapted: Mapping[str, ModuleLora], adapter_name: str) -> None:
     """Let peft wrap the named linears; scales are set afterwards."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -74,7 +86,7 @@ def _inject(stage: nn.Module, spec: LoraSpec, adapted: Mapping[str, ModuleLora])
         bias="none",
     )
     config._register_custom_module({ColumnParallelLinear: ParallelLoraLinear, RowParallelLinear: ParallelLoraLinear})
-    inject_adapter_in_model(config, stage, ADAPTER_NAME)
+    inject_adapter_in_model(config, stage, adapter_name)
 
 
 def adapter_names(stage: nn.Module) -> tuple[str, ...]:

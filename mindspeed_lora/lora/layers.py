@@ -39,11 +39,15 @@ class ParallelLoraLinear(nn.Module, LoraLayer):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unsupported layer type")  # peft reads in_features and out_features all the same
             LoraLayer.__init__(self, base_layer)
+        self.fusion = False
+        self.update_layer(adapter_name, r, lora_alpha)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, **_peft: Any) -> None:  # type: ignore[override]
+        """Add an adapter's A and B, and make it the active one; peft calls this for a second adapter of the same base."""
         if r <= 0:
             raise ValueError(f"LoRA rank must be positive, got {r}")
-        weight = base_layer.weight
+        weight = self.get_base_layer().weight
         assert isinstance(weight, torch.Tensor)
-        self.fusion = False
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = lora_alpha / r
@@ -79,6 +83,8 @@ class ParallelLoraLinear(nn.Module, LoraLayer):
         if self.disable_adapters or not self.active_adapters:
             return base(x)
         (name,) = self.active_adapters
+        if name not in self.lora_A:  # this adapter leaves the layer alone
+            return base(x)
         a, b, scale = self._adapter(name)
         if self.is_reference:
             if self.reference is None:
