@@ -5,8 +5,10 @@ Everything goes through ``torch.accelerator`` where torch has it, with plain no-
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import platform
 import resource
 import sys
 from pathlib import Path
@@ -117,6 +119,19 @@ def free_memory_bytes(device: torch.device) -> int:
         if "MemAvailable" in fields:
             return int(fields["MemAvailable"].split()[0]) * 1024
     return total_memory_bytes(device) // 2
+
+
+@functools.cache
+def cpu_multiplies_16_bit_fast() -> bool:
+    """Whether this CPU multiplies bf16 matrices faster than fp32 ones: AMX, Arm's bf16, or AMD's avx512_bf16 at twice fp32's rate."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return True
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+    except OSError:
+        return False
+    words = set(text.split())
+    return "amx_bf16" in words or {"AuthenticAMD", "avx512_bf16"} <= words
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -91,25 +91,26 @@ def _run_pair(tp_size: int, sequence_parallel: bool, fusion: bool) -> dict[str, 
 
 
 class counted:
-    """Records (kind, bytes sent) of every collective that the functions and layers start."""
+    """Records (kind, bytes sent) of every collective that torch.distributed is asked for."""
 
     def __enter__(self) -> list[tuple[str, int]]:
-        import mindspeed_lora.lora.functions as functions
-
         self.calls: list[tuple[str, int]] = []
         self.saved: list[tuple[Any, str, Callable[..., Any]]] = []
-        for module in (collectives, functions):
-            for name in ("all_reduce", "all_gather_dim0", "reduce_scatter_dim0"):
-                original = getattr(module, name)
-                self.saved.append((module, name, original))
-                setattr(module, name, self._wrap(name, original))
+        targets = (
+            (torch.distributed, "all_reduce", "all_reduce", 0),
+            (collectives, "_all_gather", "all_gather", 1),
+            (collectives, "_reduce_scatter", "reduce_scatter", 1),
+        )
+        for module, name, kind, sent in targets:
+            original = getattr(module, name)
+            self.saved.append((module, name, original))
+            setattr(module, name, self._wrap(kind, sent, original))
         return self.calls
 
-    def _wrap(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(tensor: torch.Tensor, group: Any, *rest: Any) -> torch.Tensor:
-            if group is not None:
-                self.calls.append((name, tensor.numel() * tensor.element_size()))
-            return original(tensor, group, *rest)
+    def _wrap(self, kind: str, sent: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*tensors: torch.Tensor, **options: Any) -> Any:
+            self.calls.append((kind, tensors[sent].numel() * tensors[sent].element_size()))
+            return original(*tensors, **options)
 
         return wrapped
 
@@ -153,10 +154,10 @@ def test_fused_pair_makes_the_frozen_pairs_collectives(pool: Any) -> None:
     tokens, width = SEQUENCE * BATCH, 8
     local = tokens // 2
     assert calls == [
-        ("all_gather_dim0", local * HIDDEN * width),
-        ("reduce_scatter_dim0", tokens * (HIDDEN + RANK) * width),
-        ("all_gather_dim0", local * HIDDEN * width),
-        ("reduce_scatter_dim0", tokens * (HIDDEN + RANK) * width),
+        ("all_gather", local * HIDDEN * width),
+        ("reduce_scatter", tokens * (HIDDEN + RANK) * width),
+        ("all_gather", local * HIDDEN * width),
+        ("reduce_scatter", tokens * (HIDDEN + RANK) * width),
     ]
     frozen = pool.run(_frozen_calls, 2, 2)[0]
     assert [kind for kind, _ in frozen] == [kind for kind, _ in calls]

@@ -17,7 +17,7 @@ from mindspeed_lora.inference.protocol import Message, Operation, Output
 from mindspeed_lora.lora.inject import adapter_names, select_adapter
 from mindspeed_lora.model.decode import DecodeState, KVCache, SharedPrefix
 from mindspeed_lora.model.stage import GPTStage
-from mindspeed_lora.parallel.collectives import PendingSend, receive, send, send_later
+from mindspeed_lora.parallel.collectives import Pending, receive, send, send_later
 from mindspeed_lora.parallel.context import ParallelContext
 
 
@@ -55,7 +55,7 @@ class Executor:
         self.cache = KVCache()
         self.adapters = adapter_names(stage)
         self._real: torch.Tensor | None = None  # bool [b, cached], CPU; None: nothing in the cache is padding
-        self._pending: PendingSend | None = None
+        self._pending: Pending | None = None
 
     @torch.inference_mode()
     def execute(self, message: Message) -> torch.Tensor | Scores | None:

@@ -1,13 +1,14 @@
-"""Kernels by name, chosen by the device the tensor lies on.
+"""Kernels by name, chosen by the device the tensor lies on; :mod:`~mindspeed_lora.ops.eager` is the reference of each.
 
-| kernel             | cpu, cuda                                 | npu                       |
-|--------------------|-------------------------------------------|---------------------------|
-| linear             | linear, on a CPU transposed for few rows  | linear                    |
-| rms_norm           | eager                                     | npu_rms_norm              |
-| rotate             | eager                                     | npu_rotary_mul            |
-| swiglu             | eager                                     | npu_swiglu                |
-| attention          | scaled_dot_product_attention              | npu_fusion_attention      |
-| document_attention | scaled_dot_product_attention per document | npu_fusion_attention, TND |
+| kernel             | cpu                            | cuda                       | npu                       |
+|--------------------|--------------------------------|----------------------------|---------------------------|
+| linear             | linear, few rows transposed    | linear                     | linear                    |
+| rms_norm           | fused; generating: torch's own | torch's own                | npu_rms_norm              |
+| rotate, swiglu     | fused                          | fused                      | npu_rotary_mul, _swiglu   |
+| attention          | sdpa, 16-bit in fp32           | sdpa                       | npu_fusion_attention      |
+| document_attention | the same for each document     | the same for each document | npu_fusion_attention, TND |
+
+No kernel takes a mask tensor for causal attention. The products inside LoRA layers and the loss head: :mod:`~mindspeed_lora.ops.products`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from types import ModuleType
 
 import torch
 
-from mindspeed_lora.ops import eager, npu
+from mindspeed_lora.ops import cpu, cuda, eager, npu
 from mindspeed_lora.ops.eager import band_mask
 
 __all__ = ["attention", "band_mask", "document_attention", "linear", "rms_norm", "rotate", "swiglu"]
 
+_BY_DEVICE = {"cpu": cpu, "cuda": cuda, "npu": npu}
+
 
 def _kernels(x: torch.Tensor) -> ModuleType:
-    return npu if x.device.type == "npu" else eager
+    return _BY_DEVICE.get(x.device.type, eager)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

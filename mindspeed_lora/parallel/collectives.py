@@ -24,6 +24,20 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
+class Pending:
+    """A collective or a send that has been started: :meth:`wait` returns its result. Holds what it still reads until then."""
+
+    def __init__(self, result: torch.Tensor, work: dist.Work | None = None, source: torch.Tensor | None = None) -> None:
+        self._result, self._work, self._source = result, work, source
+
+    def wait(self) -> torch.Tensor:
+        """The result, once it is there (on a device: in stream order, without stopping the host)."""
+        if self._work is not None:
+            self._work.wait()
+        self._work = self._source = None
+        return self._result
+
+
 def all_reduce(tensor: torch.Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
     """Sum (or ``op``) over the group in place; returns ``tensor``."""
     if group is not None:
@@ -31,22 +45,37 @@ def all_reduce(tensor: torch.Tensor, group: Group, op: dist.ReduceOp.RedOpType =
     return tensor
 
 
+def start_all_reduce(tensor: torch.Tensor, group: Group) -> Pending:
+    """:func:`all_reduce` (sum) behind what follows; ``tensor`` is not to be touched before ``wait``."""
+    return Pending(tensor, None if group is None else dist.all_reduce(tensor, group=group, async_op=True))
+
+
 def all_gather_dim0(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """``[n, ...]`` on each rank -> ``[n * size, ...]`` in rank order."""
+    return start_all_gather_dim0(tensor, group).wait()
+
+
+def start_all_gather_dim0(tensor: torch.Tensor, group: Group) -> Pending:
+    """:func:`all_gather_dim0` behind what follows."""
     if group is None:
-        return tensor
+        return Pending(tensor)
     output = tensor.new_empty((tensor.shape[0] * group.size(), *tensor.shape[1:]))
-    _all_gather(output, tensor.contiguous(), group=group)
-    return output
+    source = tensor.contiguous()
+    return Pending(output, _all_gather(output, source, group=group, async_op=True), source)
 
 
 def reduce_scatter_dim0(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """``[n * size, ...]`` on each rank -> this rank's ``[n, ...]`` of the sum."""
+    return start_reduce_scatter_dim0(tensor, group).wait()
+
+
+def start_reduce_scatter_dim0(tensor: torch.Tensor, group: Group) -> Pending:
+    """:func:`reduce_scatter_dim0` behind what follows."""
     if group is None:
-        return tensor
+        return Pending(tensor)
     output = tensor.new_empty((tensor.shape[0] // group.size(), *tensor.shape[1:]))
-    _reduce_scatter(output, tensor.contiguous(), group=group)
-    return output
+    source = tensor.contiguous()
+    return Pending(output, _reduce_scatter(output, source, group=group, async_op=True), source)
 
 
 def broadcast(tensor: torch.Tensor, group_source: int, group: Group) -> torch.Tensor:
@@ -90,22 +119,10 @@ def send(tensor: torch.Tensor, group_rank: int, group: dist.ProcessGroup) -> Non
     dist.send(tensor.contiguous(), dst=dist.get_global_rank(group, group_rank), group=group)
 
 
-class PendingSend:
-    """A send that has been started; keeps its tensor alive until :meth:`wait` returns."""
-
-    def __init__(self, tensor: torch.Tensor, work: dist.Work | None) -> None:
-        self._tensor, self._work = tensor, work
-
-    def wait(self) -> None:
-        """Until the tensor has left."""
-        if self._work is not None:
-            self._work.wait()
-
-
-def send_later(tensor: torch.Tensor, group_rank: int, group: dist.ProcessGroup) -> PendingSend:
+def send_later(tensor: torch.Tensor, group_rank: int, group: dist.ProcessGroup) -> Pending:
     """Start a send to the group's rank ``group_rank`` and return at once."""
     tensor = tensor.contiguous()
-    return PendingSend(tensor, dist.isend(tensor, dst=dist.get_global_rank(group, group_rank), group=group))
+    return Pending(tensor, dist.isend(tensor, dst=dist.get_global_rank(group, group_rank), group=group))
 
 
 def receive(tensor: torch.Tensor, group_rank: int, group: dist.ProcessGroup) -> torch.Tensor:

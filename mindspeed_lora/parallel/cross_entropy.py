@@ -1,58 +1,130 @@
-"""The language-model head and its loss in one function, so that ``[tokens, vocabulary]`` logits never exist at once.
+"""The language-model head and its loss in one function, so that ``[tokens, vocabulary]`` logits never exist.
 
-For each chunk of tokens: logits of this rank's vocabulary slice in fp32, the softmax's maximum and sum over the
-tensor-parallel group, the target's logit, and (in training) the gradient of the hidden states. Only trained positions
-come in, so prompt and padding cost nothing. Backward scales the stored gradient by what arrives per token; a trained
-head recomputes each chunk's logits for its weight gradient.
+One sweep over this rank's rows W of the head, a block at a time, as flash attention sweeps over keys (m, l, G start at -inf, 0, 0):
+
+    z = hidden W_block^T in fp32                   m' = max(m, rowmax z)
+    l = l e^(m - m') + rowsum e^(z - m')           G = G e^(m - m') + e^(z - m') W_block
+
+Then -log p = log l + m - z_target and its gradient with respect to hidden is G / l - W_target; over tp ranks m is a maximum, l
+and z_target are sums: two small collectives per chunk of tokens. Only trained positions come in, so prompt and padding cost
+nothing. Backward scales the stored gradient by what arrives per token; a trained head forms its weight gradient there, block
+by block, from the logits computed once more.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from mindspeed_lora.ops.products import product_dtype, times, times_transposed
 from mindspeed_lora.parallel.collectives import all_reduce
 from mindspeed_lora.parallel.context import ParallelContext
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 8192
+_BLOCK_LOGITS = {"cpu": 1 << 22}  # fp32 logits held at once: 16 MiB on a CPU, 256 MiB on a device
+_BLOCK_LOGITS_DEVICE = 1 << 26
+
+
+def block_columns(tokens: int, device_type: str = "cuda") -> int:
+    """Columns of the vocabulary per block, so that ``tokens`` rows of them stay within the bound above."""
+    columns = _BLOCK_LOGITS.get(device_type, _BLOCK_LOGITS_DEVICE) // max(1, min(tokens, CHUNK_TOKENS))
+    return max(256, columns // 256 * 256)
 
 
 class _Slice:
     """This rank's columns of the vocabulary; ``valid`` of them are real, the rest are padding and never win."""
 
-    def __init__(self, rows: int, vocab_size: int, context: ParallelContext) -> None:
-        self.first, self.rows = context.tp_rank * rows, rows
-        self.valid = max(0, min(rows, vocab_size - self.first))
+    def __init__(self, weight: torch.Tensor, vocab_size: int, context: ParallelContext) -> None:
+        self.weight, self.rows = weight, weight.shape[0]
+        self.first = context.tp_rank * self.rows
+        self.valid = max(0, min(self.rows, vocab_size - self.first))
         self.group = context.tp_group
 
-    def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """``[n, h] -> [n, v/t]`` float32."""
-        logits = (hidden @ weight.t()).float()
-        if self.valid < self.rows:
-            logits[:, self.valid :] = float("-inf")
-        return logits
+    def blocks(self, tokens: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(columns, rows of the head) of each block, real columns only."""
+        size = block_columns(tokens, self.weight.device.type)
+        for start in range(0, self.valid, size):
+            columns = slice(start, min(start + size, self.valid))
+            yield columns, self.weight[columns]
 
     def local_target(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Column of each target on this rank (0 where it is not here) and whether it is here."""
         local = target - self.first
-        here = (local >= 0) & (local < self.rows)
+        here = (local >= 0) & (local < self.valid)
         return local.masked_fill(~here, 0), here
 
-    def normalise(self, logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn ``logits`` into probabilities in place; returns (-log p of the target ``[n]``, probabilities)."""
-        largest = all_reduce(logits.max(dim=-1).values, self.group, dist.ReduceOp.MAX)
-        local, here = self.local_target(target)
-        target_logit = logits.gather(1, local.unsqueeze(1)).squeeze(1).masked_fill(~here, 0.0)
-        probabilities = logits.sub_(largest.unsqueeze(1)).exp_()
-        total, target_logit = all_reduce(torch.stack([probabilities.sum(dim=-1), target_logit]), self.group)
-        return total.log() + largest - target_logit, probabilities.div_(total.unsqueeze(1))
 
-    def subtract_target(self, probabilities: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """d(-log p)/d logits = probabilities - onehot(target), in place."""
-        local, here = self.local_target(target)
-        return probabilities.scatter_add_(1, local.unsqueeze(1), -here.to(probabilities.dtype).unsqueeze(1))
+def _logits(hidden: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """``[n, h]`` (in the products' dtype) -> ``[n, columns]`` float32 or wider."""
+    product = times_transposed(hidden, block)
+    return product.float() if product.dtype.itemsize == 2 else product
+
+
+def _sweep(
+    part: _Slice, hidden: torch.Tensor, target: torch.Tensor, with_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(-log p of the target ``[n]``, log of the softmax's sum ``[n]``, gradient of hidden ``[n, h]`` or None), fp32 or wider."""
+    wide = hidden.to(product_dtype(hidden))
+    statistics = torch.promote_types(hidden.dtype, torch.float32)
+    largest = hidden.new_full((hidden.shape[0],), float("-inf"), dtype=statistics)
+    total = torch.zeros_like(largest)
+    target_logit = torch.zeros_like(largest)
+    grad = torch.zeros(hidden.shape, dtype=statistics, device=hidden.device) if with_grad else None
+    local, here = part.local_target(target)
+    for columns, block in part.blocks(hidden.shape[0]):
+        logits = _logits(wide, block)
+        inside = here & (local >= columns.start) & (local < columns.stop)
+        picked = logits.gather(1, (local - columns.start).clamp(0, block.shape[0] - 1).unsqueeze(1)).squeeze(1)
+        target_logit += picked.masked_fill_(~inside, 0.0)
+        risen = torch.maximum(largest, logits.amax(dim=1))
+        shrink = (largest - risen).exp_()
+        exponentials = logits.sub_(risen.unsqueeze(1)).exp_()
+        total.mul_(shrink).add_(exponentials.sum(dim=1))
+        if grad is not None:
+            grad.mul_(shrink.unsqueeze(1)).add_(times(exponentials.to(wide.dtype), block))
+        largest = risen
+    return _over_ranks(part, largest, total, target_logit, grad, local, here)
+
+
+def _over_ranks(
+    part: _Slice,
+    largest: torch.Tensor,
+    total: torch.Tensor,
+    target_logit: torch.Tensor,
+    grad: torch.Tensor | None,
+    local: torch.Tensor,
+    here: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Join the ranks' sweeps; a rank of nothing but padding brings m = -inf and sums of 0."""
+    everywhere = all_reduce(largest.clone(), part.group, dist.ReduceOp.MAX)
+    shrink = (largest - everywhere).exp_()
+    total, target_logit = all_reduce(torch.stack([total * shrink, target_logit]), part.group)
+    if grad is not None:
+        grad.mul_((shrink / total).unsqueeze(1))
+        grad.addcmul_(part.weight[local].to(grad.dtype), here.to(grad.dtype).unsqueeze(1), value=-1)
+    log_sum = total.log().add_(everywhere)
+    return log_sum - target_logit, log_sum, grad
+
+
+def _weight_grad(part: _Slice, hidden: torch.Tensor, target: torch.Tensor, log_sum: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """d loss / d W ``[v/t, h]`` in W's dtype: (p - onehot)^T (grad hidden), a block of columns after the other."""
+    wide = hidden.to(product_dtype(hidden))
+    weight_grad = torch.zeros_like(part.weight)
+    local, here = part.local_target(target)
+    for columns, block in part.blocks(hidden.shape[0]):
+        sums = torch.zeros(block.shape, dtype=log_sum.dtype, device=block.device)
+        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
+            logit_grad = _logits(wide[rows], block).sub_(log_sum[rows].unsqueeze(1)).exp_()
+            inside = here[rows] & (local[rows] >= columns.start) & (local[rows] < columns.stop)
+            column = (local[rows] - columns.start).clamp(0, block.shape[0] - 1)
+            logit_grad.scatter_add_(1, column.unsqueeze(1), -inside.to(logit_grad.dtype).unsqueeze(1))
+            sums.add_(logit_grad.mul_(grad[rows].unsqueeze(1)).to(wide.dtype).t() @ wide[rows])
+        weight_grad[columns] = sums
+    return weight_grad
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -66,16 +138,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         context: ParallelContext,
         need_hidden_grad: bool,
     ) -> torch.Tensor:
-        part = _Slice(weight.shape[0], vocab_size, context)
+        part = _Slice(weight, vocab_size, context)
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        log_sums = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
         hidden_grad = torch.empty_like(hidden) if need_hidden_grad else None
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            losses[rows], probabilities = part.normalise(part.logits(hidden[rows], weight), target[rows])
-            if hidden_grad is not None:
-                hidden_grad[rows] = part.subtract_target(probabilities, target[rows]).to(weight.dtype) @ weight
-        ctx.part = part
-        ctx.save_for_backward(hidden_grad, target, *((hidden, weight) if weight.requires_grad else ()))
+            losses[rows], log_sums[rows], grad = _sweep(part, hidden[rows], target[rows], need_hidden_grad)
+            if hidden_grad is not None and grad is not None:
+                hidden_grad[rows] = grad
+        ctx.vocab_size, ctx.context = vocab_size, context
+        ctx.save_for_backward(hidden_grad, target, *((hidden, weight, log_sums) if weight.requires_grad else ()))
         return losses
 
     @staticmethod
@@ -83,14 +156,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, target, *trained = ctx.saved_tensors
         weight_grad = None
         if ctx.needs_input_grad[1]:
-            hidden, weight = trained
-            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
-            for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-                rows = slice(start, start + CHUNK_TOKENS)
-                _, probabilities = ctx.part.normalise(ctx.part.logits(hidden[rows], weight), target[rows])
-                logit_grad = ctx.part.subtract_target(probabilities, target[rows]).mul_(grad[rows].unsqueeze(1))
-                weight_grad.addmm_(logit_grad.t(), hidden[rows].float())
-            weight_grad = weight_grad.to(weight.dtype)
+            hidden, weight, log_sums = trained
+            weight_grad = _weight_grad(_Slice(weight, ctx.vocab_size, ctx.context), hidden, target, log_sums, grad)
         scaled = None if hidden_grad is None else (hidden_grad * grad.unsqueeze(1)).to(hidden_grad.dtype)
         return scaled, weight_grad, None, None, None, None
 
@@ -103,7 +170,7 @@ def linear_cross_entropy(
     Args:
         hidden: ``[n, h]``, identical on all tp ranks; its gradient is this rank's part of the sum over tp.
         weight: ``[v/t, h]``, this rank's rows of the head.
-        target: ``[n]`` int64 vocabulary ids, none ignored.
+        target: ``[n]`` int64 vocabulary ids below ``vocab_size``, none ignored.
         vocab_size: ids from here on are padding rows and get no probability.
 
     Returns:

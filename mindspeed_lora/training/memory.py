@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mindspeed_lora.ops.nf4 import BYTES_PER_VALUE as NF4_BYTES
-from mindspeed_lora.parallel.cross_entropy import CHUNK_TOKENS
+from mindspeed_lora.parallel.cross_entropy import CHUNK_TOKENS, block_columns
 from mindspeed_lora.training.optimizer import optimizer_bytes
 from mindspeed_lora.training.sizes import RunSizes, StageParameters, stage_parameters
 
@@ -89,9 +89,8 @@ def _boundary(sizes: RunSizes) -> float:
 
 
 def _norm_bytes(sizes: RunSizes, size: int, heads: int = 1) -> float:
-    """One RMSNorm of ``size`` elements: its input in fp32, the statistics, and for a trained weight the normalised values."""
-    trained = 0 if sizes.lora else sizes.parameter_bytes * size
-    return 4.0 * size + 4.0 * heads + trained
+    """One RMSNorm of ``size`` elements: its input, and 1/rms in fp32."""
+    return float(sizes.parameter_bytes * size + 4 * heads)
 
 
 def layer_bytes_per_token(sizes: RunSizes) -> float:
@@ -104,11 +103,11 @@ def layer_bytes_per_token(sizes: RunSizes) -> float:
     total += 2 * width * hidden / outside  # what the norms hand to linear_qkv and linear_fc1
     total += 4 * width * rank  # u = x A^T of the four linears
     if model.qk_layernorm:
-        total += (_norm_bytes(sizes, queries, model.num_attention_heads) + _norm_bytes(sizes, keys, model.num_query_groups)) / tp
+        total += (_norm_bytes(sizes, queries, model.num_attention_heads) + _norm_bytes(sizes, 0, model.num_query_groups)) / tp  # k: a view
     total += width * (queries + 2 * keys) / tp  # linear_qkv's output, which attention's value is a view of
     total += width * (queries + keys) / tp  # rotated query and key
     total += (width * queries + 4 * model.num_attention_heads) / tp  # attention's output and log-sum-exp
-    total += width * 4 * model.ffn_hidden_size / tp  # gate, up, silu(gate), product
+    total += width * 3 * model.ffn_hidden_size / tp  # gate, up, product
     return total
 
 
@@ -131,12 +130,12 @@ def _working(sizes: RunSizes, counts: StageParameters, pp_rank: int) -> dict[str
 
 
 def _loss_head(sizes: RunSizes) -> float:
-    """Logits of one chunk of tokens: [chunk, v/t] in the model's dtype and again in fp32 (where that is another)."""
-    rows = min(sizes.micro_batch_tokens, CHUNK_TOKENS)
-    width = sizes.parameter_bytes
-    logits = rows * sizes.model.padded_vocab_size / sizes.tp_size * (4 if width == 4 else 4 + width)
-    trained = 0.0 if sizes.lora else 4.0 * sizes.model.padded_vocab_size / sizes.tp_size * sizes.model.hidden_size  # weight gradient, fp32
-    return logits + trained
+    """One block of logits: [chunk, columns] in fp32 and again in the model's dtype (where that is another); the gradient of hidden."""
+    rows, width = min(sizes.micro_batch_tokens, CHUNK_TOKENS), sizes.parameter_bytes
+    vocabulary, hidden = sizes.model.padded_vocab_size / sizes.tp_size, sizes.model.hidden_size
+    logits = rows * min(vocabulary, block_columns(rows)) * (4 if width == 4 else 4 + width)
+    trained = 0.0 if sizes.lora else width * vocabulary * hidden  # the weight's gradient
+    return logits + trained + rows * hidden * 8.0 + sizes.micro_batch_tokens * hidden * width
 
 
 def _layer_backward(sizes: RunSizes, counts: StageParameters) -> float:

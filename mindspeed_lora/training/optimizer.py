@@ -47,7 +47,7 @@ class FlatAdamW:
         start, end = self.layout.own
         split = min(max(self.layout.decay_start, start), end)
         groups, state = [], {}
-        fused = self.flat.device.type == "cuda"
+        fused = self.flat.device.type in ("cpu", "cuda")
         for (low, high), decay in (((start, split), 0.0), ((split, end), flags.weight_decay)):
             chunks = []
             for position in range(low, high, _CHUNK):

@@ -1,0 +1,96 @@
+"""The kernels of :mod:`mindspeed_lora.ops.eager` as autograd functions: fewer passes over memory, and less kept for backward.
+
+| function   | kept for backward          | beside eager                                                      |
+|------------|----------------------------|-------------------------------------------------------------------|
+| rms_norm   | x, 1/rms per row           | no fp32 copy of x                                                 |
+| rotate     | nothing but the tables     | no concatenation                                                  |
+| swiglu     | x = [gate, up]             | silu(gate) is computed again; gate's and up's gradient in one buffer |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Grads = tuple[torch.Tensor | None, ...]
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """At least fp32; no copy where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        wide = _wide(x)
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Grads:
+        x, weight, scale = ctx.saved_tensors
+        wide, grad = _wide(x), _wide(dy * weight)
+        along = (grad * wide).sum(dim=-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])
+        grad = torch.mul(grad, scale).addcmul_(wide, along)
+        weight_grad = None
+        if ctx.needs_input_grad[1]:
+            weight_grad = (_wide(dy) * (wide * scale).to(x.dtype)).flatten(0, -2).sum(dim=0).to(weight.dtype)
+        return grad.to(x.dtype), weight_grad, None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """See :func:`mindspeed_lora.ops.eager.rms_norm`."""
+    return _RMSNorm.apply(x, weight, epsilon)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cosine, sine)
+        half = x.shape[-1] // 2
+        y = x * cosine
+        y[..., :half].addcmul_(x[..., half:], sine[..., :half], value=-1)
+        y[..., half:].addcmul_(x[..., :half], sine[..., half:])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Grads:
+        cosine, sine = ctx.saved_tensors
+        half = dy.shape[-1] // 2
+        grad = dy * cosine
+        grad[..., :half].addcmul_(dy[..., half:], sine[..., half:])
+        grad[..., half:].addcmul_(dy[..., :half], sine[..., :half], value=-1)
+        return grad, None, None
+
+
+def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """See :func:`mindspeed_lora.ops.eager.rotate`."""
+    return _Rotate.apply(x, cosine, sine)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Grads:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        grad = torch.empty_like(x)
+        gate_grad, up_grad = grad.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), dy, out=up_grad)
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=gate_grad)
+        return (grad,)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """See :func:`mindspeed_lora.ops.eager.swiglu`."""
+    return _SwiGLU.apply(x)

@@ -1,0 +1,98 @@
+"""Every kernel against its eager reference in float64: values, gradients, and what is kept for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mindspeed_lora import ops
+from mindspeed_lora.ops import cpu, cuda, eager, fused, products
+
+KERNELS: dict[str, tuple[tuple[int, ...], Callable[[Any], tuple[Any, ...]]]] = {
+    "rms_norm": ((5, 2, 3, 8), lambda draw: (draw(8), 1e-3)),
+    "rotate": ((5, 2, 3, 8), lambda draw: (draw(5, 1, 1, 8), draw(5, 1, 1, 8))),
+    "swiglu": ((5, 2, 12), lambda draw: ()),
+}
+
+
+def _draw(seed: int) -> Callable[..., torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _gradients(function: Callable[..., torch.Tensor], x: torch.Tensor, rest: tuple[Any, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    inputs = [value.detach().to(dtype, copy=True).requires_grad_() if isinstance(value, torch.Tensor) else value for value in (x, *rest)]
+    y = function(*inputs)
+    y.backward(_draw(7)(*y.shape).to(dtype))
+    trained = inputs[:2] if function.__name__ == "rms_norm" else inputs[:1]
+    return [y.detach(), *(value.grad for value in trained)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("module", [fused, cpu, cuda, ops], ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_equals_eager(name: str, module: Any, dtype: torch.dtype, tolerance: float) -> None:
+    shape, more = KERNELS[name]
+    draw = _draw(0)
+    x, rest = draw(*shape), more(draw)
+    expected = _gradients(getattr(eager, name), x, rest, torch.float64)
+    for got, want in zip(_gradients(getattr(module, name), x, rest, dtype), expected, strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+def test_fused_kernels_keep_their_input_and_no_more() -> None:
+    draw = _draw(1)
+    for name, (shape, more) in KERNELS.items():
+        kept: list[torch.Tensor] = []
+        x = draw(*shape).float().requires_grad_()
+        rest = tuple(value.float() if isinstance(value, torch.Tensor) else value for value in more(draw))
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, kept=kept: kept.append(tensor) or tensor, lambda tensor: tensor):
+            getattr(fused, name)(x, *rest)
+        own = [
+            tensor
+            for tensor in kept
+            if tensor.data_ptr() not in {x.data_ptr(), *(r.data_ptr() for r in rest if isinstance(r, torch.Tensor))}
+        ]
+        assert sum(tensor.numel() for tensor in own) == (x.numel() // x.shape[-1] if name == "rms_norm" else 0)
+
+
+@pytest.mark.parametrize("length", [8, 40])
+def test_cpu_attention_in_16_bit_is_attention_in_fp32(length: int) -> None:
+    draw = _draw(2)
+    query, key, value = draw(2, 4, length, 8).bfloat16(), draw(2, 2, length, 8).bfloat16(), draw(2, 2, length, 8).bfloat16()
+    want = eager.attention(query.double(), key.double(), value.double())
+    got = ops.attention(query, key, value)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=2e-2)
+    ends = [[3, length], [length]]
+    torch.testing.assert_close(
+        ops.document_attention(query, key, value, ends).double(),
+        eager.document_attention(query.double(), key.double(), value.double(), ends),
+        rtol=2e-2,
+        atol=2e-2,
+    )
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_products_round_once_and_write_where_they_are_told(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widened on a CPU without 16-bit matrix units, in several blocks of the weight's rows; as they are where it has them."""
+    monkeypatch.setattr(products, "cpu_multiplies_16_bit_fast", lambda: not wide)
+    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 100)
+    draw = _draw(3)
+    x, weight, bias = draw(70, 24).bfloat16(), draw(40, 24).bfloat16(), draw(40).bfloat16()
+    rows = x.to(products.product_dtype(x))
+    assert rows.dtype == (torch.float32 if wide else torch.bfloat16)
+    both = torch.zeros(70, 50, dtype=torch.bfloat16)
+    products.times_transposed(rows, weight, bias, out=both[:, :40])
+    torch.testing.assert_close(both[:, :40].double(), x.double() @ weight.double().t() + bias.double(), rtol=1e-2, atol=2e-2)
+    assert not both[:, 40:].any()
+    back = torch.zeros(70, 50, dtype=torch.bfloat16)
+    products.times(both[:, :40].to(rows.dtype), weight, out=back[:, 26:])
+    want = products.times_transposed(rows, weight, bias).bfloat16().double() @ weight.double()
+    assert not back[:, :26].any()
+    torch.testing.assert_close(back[:, 26:].double(), want, rtol=1e-2, atol=1.0)
+    assert products.product_dtype(x[:8]) == torch.bfloat16  # a few rows: reading the weight is the cost
