@@ -23,25 +23,25 @@ MUTANTS = (
     Mutant(
         "column dx",
         "the column layer's dx lacks g_u A",
-        ((FUNCTIONS, "_add_low_rank(grad_x.contiguous(), grad_u, a, 1.0)", "grad_x.contiguous()"),),
+        ((FUNCTIONS, "_add_low_rank(grad_x.view(-1, width), grad_u, a)", "pass"),),
     ),
     Mutant(
-        "row dx", "the row layer's dx lacks g_u A", ((FUNCTIONS, "_add_low_rank(whole @ weight, grad_u, a, 1.0) if", "whole @ weight if"),)
+        "row dx", "the row layer's dx lacks g_u A", ((FUNCTIONS, "_add_low_rank(times(whole, weight), grad_u, a)", "times(whole, weight)"),)
     ),
     Mutant(
         "row u",
         "u is not summed over the tensor ranks",
-        ((FUNCTIONS, "torch.cat((y, u), dim=-1)", "torch.cat((y, torch.zeros_like(u)), dim=-1)"),),
+        ((FUNCTIONS, "u = _rows(u).contiguous()", "u = times_transposed(_wide(x), a)[: _rows(u).shape[0]]"),),
     ),
     Mutant(
         "B's scale",
         "the row layer's dB is not scaled by alpha / r",
-        ((FUNCTIONS, ".mul_(ctx.scale)\n        whole", "\n        whole"),),
+        ((FUNCTIONS, "_grad_b(wide, u, b, ctx.scale)\n        whole", "_grad_b(wide, u, b, 1.0)\n        whole"),),
     ),
     Mutant(
         "rotary halves",
         "the rotation turns the wrong way",
-        (("ops/eager.py", "torch.cat((-second, first), dim=-1)", "torch.cat((second, -first), dim=-1)"),),
+        (("ops/fused.py", "sine[..., :half], value=-1)\n        y[", "sine[..., :half])\n        y["),),
     ),
     Mutant(
         "key and value",

@@ -1,83 +1,83 @@
-"""Training step: ours against transformers + PEFT, in one run on one CPU process each, same model, records and LoRA.
+"""A LoRA training step on one CPU process: this engine against transformers + PEFT at its best, and against its own matrix products.
 
-    OMP_NUM_THREADS=2 python benchmarks/train_step_cpu.py --output benchmarks/results/train_step_cpu.json
+    OMP_NUM_THREADS=2 python benchmarks/train_step_cpu.py
 
-Both train LoRA (q, k, v, o, gate, up, down; r 16) on the same padded batches of random token ids in fp32, AdamW, clipping 1.0. Ours runs
-``--lora-fusion``'s functions and the loss head; the other side is ``AutoModelForCausalLM`` with SDPA attention under PEFT. A is shared by
-q, k, v and by gate, up on our side (as in Megatron's fused layers) and separate on theirs, so ours has fewer LoRA parameters: the
-result file states both counts. The sides alternate, so that a busy machine slows both. A CPU says nothing about an NPU: this guards
-against regressions and against a slow design, no more.
+Qwen3 60M (hidden 512, 8 layers, 8 heads, 4 query groups, head_dim 64, ffn 1536, vocabulary 32,000, untied), LoRA r 16 on all linears,
+2 rows of 256 random ids, every position trained, AdamW, clipping 1.0, in fp32 and in bf16. The other side runs with
+``autocast_adapter_dtype`` on and off, eager and under ``torch.compile``, with SDPA and eager attention; the fastest counts. Both sides
+start at the same loss. A is shared by q, k, v and by gate, up on our side (as in Megatron's fused layers) and separate on theirs, so
+ours has fewer LoRA parameters. The floor is the time of exactly the matrix products of our step (attention's left out), run alone on
+tensors of the same shapes, strides and dtypes. A CPU says nothing about an NPU.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import common
+
+common.add_root_to_path()
 SHAPE = dict(
-    vocab_size=8192,
+    vocab_size=32000,
     hidden_size=512,
     intermediate_size=1536,
-    num_hidden_layers=4,
+    num_hidden_layers=8,
     num_attention_heads=8,
     num_key_value_heads=4,
     head_dim=64,
     max_position_embeddings=2048,
     tie_word_embeddings=False,
 )
+TINY = SHAPE | dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16)
 HF_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RATE = 1e-4
 Step = Callable[[Any], float]
 
 
-def make_batches(count: int, batch: int, length: int) -> list[Any]:
-    """Random ids [b, s] int64, the same for both sides."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(SHAPE["vocab_size"], (batch, length), generator=generator) for _ in range(count)]
-
-
-def peft_side(folder: Path, lr: float) -> tuple[Step, int]:
-    """(step, trainable parameters) of transformers + PEFT."""
+def peft_side(folder: Path, dtype: Any, autocast: bool, attention: str, compiled: bool) -> Step:
+    """A step of transformers + PEFT."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
-    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=HF_TARGETS)).train()
+    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=HF_TARGETS)
+    model = get_peft_model(base, lora, autocast_adapter_dtype=autocast).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr)
+    optimizer = torch.optim.AdamW(trained, lr=RATE)
+    run = torch.compile(model) if compiled else model
 
     def step(ids: Any) -> float:
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = run(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return float(loss.detach())
 
-    return step, sum(parameter.numel() for parameter in trained)
+    return step
 
 
-def our_side(folder: Path, lr: float) -> tuple[Step, int]:
-    """(step, trainable parameters) of this project's engine, one process."""
+def our_side(folder: Path, dtype: Any) -> Step:
+    """A step of this engine: stage, flat gradients, flat optimizer."""
     import torch
 
-    from mindspeed_lora.arguments.configs import LORA_TARGETS
+    from mindspeed_lora.arguments.configs import LORA_TARGETS, OptimizerFlags
     from mindspeed_lora.checkpoint.load import load_base
     from mindspeed_lora.lora.inject import inject_lora
     from mindspeed_lora.model.stage import build_stage_modules
     from mindspeed_lora.parallel.context import single_process_context
+    from mindspeed_lora.training.flat import FlatLayout
+    from mindspeed_lora.training.gradients import FlatGradients
+    from mindspeed_lora.training.optimizer import FlatAdamW
+    from mindspeed_lora.training.parameters import trained_parameters
     from mindspeed_lora.weights.lora_spec import LoraSpec
     from mindspeed_lora.weights.sources import open_base
     from mindspeed_lora.weights.table import WeightTable
@@ -85,110 +85,142 @@ def our_side(folder: Path, lr: float) -> tuple[Step, int]:
     base = open_base(folder)
     assert base.config is not None
     context, table = single_process_context(), WeightTable(base.config)
-    stages = build_stage_modules(base.config, context, torch.float32)
+    stages = build_stage_modules(base.config, context, dtype)
     inject_lora(stages[0], table, LoraSpec(16, 32.0, LORA_TARGETS), context, fusion=True, seed=0)
     load_base(stages, base, table, context)
+    layout = FlatLayout(trained_parameters(stages, table, context), context, False)
+    flat = layout.flatten_parameters()
+    gradients = FlatGradients(layout, context, False)
+    optimizer = FlatAdamW(layout, flat, gradients, OptimizerFlags(lr=RATE), context)
     stage = stages[0].train()
-    trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr)
 
     def step(ids: Any) -> float:
         labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
         weights = torch.full((ids.shape[0],), 1.0 / (labels != -100).sum().item())
+        gradients.zero()
         loss = stage(ids, labels=labels, row_weights=weights).sum()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        gradients.reduce()
+        gradients.clip(gradients.norm(), 1.0)
+        optimizer.step(RATE)
         return float(loss.detach())
 
-    return step, sum(parameter.numel() for parameter in trained)
+    return step
 
 
-def machine() -> dict[str, Any]:
-    """What a number has to be read with."""
-    import peft
+def products_of(step: Callable[[], object]) -> Callable[[], None]:
+    """The matrix products that ``step`` makes, on tensors of their own."""
     import torch
-    import transformers
+    from torch.utils._python_dispatch import TorchDispatchMode
 
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "command": " ".join(["python", *sys.argv]),
-    }
+    calls: list[tuple[Any, list[Any]]] = []
+    ours = {torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm_.default, torch.ops.aten.addmm.default}
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function in ours:
+                plain = torch.ops.aten.mm.default if "mm.out" in str(function) else function
+                calls.append((plain, [(arg.shape, arg.stride(), arg.dtype) if isinstance(arg, torch.Tensor) else arg for arg in args]))
+            return function(*args, **(kwargs or {}))
+
+    with Record():
+        step()
+    made: dict[Any, Any] = {}
+
+    def tensor(spec: Any) -> Any:
+        if not isinstance(spec, tuple):
+            return spec
+        if spec not in made:
+            shape, stride, dtype = spec
+            made[spec] = torch.zeros(1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)), dtype=dtype).as_strided(
+                shape, stride
+            )
+        return made[spec]
+
+    bound = [(function, [tensor(spec) for spec in specs]) for function, specs in calls]
+
+    def run() -> None:
+        for function, args in bound:
+            function(*args)
+
+    return run
 
 
-def measure(sides: dict[str, Step], batches: list[Any], warm_up: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds and losses per step of each side, the sides taking turns; ``warm_up`` steps are not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    losses: dict[str, list[float]] = {name: [] for name in sides}
-    for number, ids in enumerate(batches):
-        for name, step in sides.items():
-            start = time.perf_counter()
-            loss = step(ids)
-            if number >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
-            losses[name].append(loss)
-    return seconds, losses
+def timed(step: Step, batches: list[Any], losses: list[float]) -> Callable[[], float]:
+    """Seconds of a step on the next batch; its loss goes into ``losses``."""
+
+    def side() -> float:
+        ids = batches[len(losses) % len(batches)]
+        start = time.perf_counter()
+        losses.append(step(ids))
+        return time.perf_counter() - start
+
+    return side
+
+
+def measure(folder: Path, dtype: Any, rounds: int, batches: list[Any], compiled: bool) -> dict[str, Any]:
+    """Seconds per side, first losses, and the floor."""
+    import torch
+
+    ours = our_side(folder, dtype)
+    steps: dict[str, Step] = {"ours": ours}
+    for autocast in (True, False) if dtype != torch.float32 else (True,):
+        word = f", autocast_adapter_dtype {autocast}" if dtype != torch.float32 else ""
+        steps[f"peft sdpa{word}"] = peft_side(folder, dtype, autocast, "sdpa", False)
+        steps[f"peft eager attention{word}"] = peft_side(folder, dtype, autocast, "eager", False)
+        if compiled:
+            steps[f"peft sdpa compiled{word}"] = peft_side(folder, dtype, autocast, "sdpa", True)
+    losses: dict[str, list[float]] = {name: [] for name in steps}
+    sides = {name: timed(step, batches, losses[name]) for name, step in steps.items()}
+    sides["floor"] = torch.no_grad()(common.seconds(products_of(lambda: ours(batches[0]))))
+    values = common.alternate(sides, rounds, 2)
+    return {"seconds": values, "first_loss": {name: series[0] for name, series in losses.items()}}
+
+
+def table(name: str, result: dict[str, Any], tokens: int) -> list[list[object]]:
+    """Rows of the page: ours, the fastest other, every other, the floor."""
+    values = result["seconds"]
+    middle = common.medians(values)
+    best = min((side for side in middle if side.startswith("peft")), key=lambda side: middle[side])
+    rows: list[list[object]] = []
+    for side, seconds in middle.items():
+        faster = common.ratio(values, side, "ours") if side.startswith("peft") else ""
+        mark = f"{side} (best)" if side == best else side
+        share = 100 * statistics.median(values["floor"]) / seconds
+        rows.append(
+            [name, mark, f"{1000 * seconds:.0f}", f"{tokens / seconds:.0f}", faster, f"{share:.0f} %", result["first_loss"].get(side, "")]
+        )
+    return rows
 
 
 def main() -> None:
     """Measure, print, write."""
-    import tempfile
-
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=20, help="counted steps of each side")
-    parser.add_argument("--batch", type=int, default=4, help="records per step")
-    parser.add_argument("--length", type=int, default=512, help="tokens per record")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file (default: only printed)")
-    options = parser.parse_args()
-    warm_up = 3
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        Qwen3ForCausalLM(Qwen3Config(**SHAPE)).save_pretrained(folder)
-        built = {"ours": our_side(Path(folder), 1e-4), "transformers+peft": peft_side(Path(folder), 1e-4)}
-        batches = make_batches(options.steps + warm_up, options.batch, options.length)
-        seconds, losses = measure({name: side[0] for name, side in built.items()}, batches, warm_up)
-    tokens = options.batch * options.length
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "model": SHAPE,
-        "batch": options.batch,
-        "length": options.length,
-        "steps": options.steps,
-        "sides": {},
-    }
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        result["sides"][name] = {
-            "tokens_per_s_median": round(tokens / median, 1),
-            "step_s_median": round(median, 4),
-            "step_s_min": round(min(times), 4),
-            "step_s_max": round(max(times), 4),
-            "trainable_parameters": built[name][1],
-            "first_loss": losses[name][0],
-            "last_loss": losses[name][-1],
-        }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n", encoding="utf-8")
+    made = common.parser(__doc__)
+    made.add_argument("--no-compile", action="store_true", help="leave out torch.compile's sides, which take a minute to compile")
+    options = made.parse_args()
+    warnings.filterwarnings("ignore")
+    shape, length = (TINY, 16) if options.dry_run else (SHAPE, 256)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(shape["vocab_size"], (2, length), generator=generator) for _ in range(options.rounds + 2)]
+    results, rows = {}, []
+    for dtype in (torch.float32, torch.bfloat16):
+        with tempfile.TemporaryDirectory() as folder:
+            torch.manual_seed(0)
+            Qwen3ForCausalLM(Qwen3Config(**shape)).to(dtype).save_pretrained(folder)
+            name = str(dtype).removeprefix("torch.")
+            results[name] = measure(Path(folder), dtype, options.rounds, batches, not (options.no_compile or options.dry_run))
+        rows += table(name, results[name], 2 * length)
+    body = common.markdown(["dtype", "side", "ms", "tokens/s", "ours is faster by", "products' share", "first loss"], rows)
+    if options.dry_run:
+        print(body)
+        return
+    common.write_results(
+        "train_step_cpu", "Training step on a CPU (`train_step_cpu.py`)", {"model": shape, **results}, body, options.output
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
