@@ -138,6 +138,16 @@ def test_a_reference_of_another_rank_is_a_model_of_its_own(workspace: Path, tmp_
     assert values(tmp_path / "save")[0][0] == pytest.approx(float(loss.detach()), rel=1e-5)
 
 
+@pytest.mark.parametrize("reference", ["model", "other"])
+def test_a_base_cut_over_the_replicas_serves_both(pool: ProcessPool, workspace: Path, tmp_path: Path, reference: str) -> None:
+    """--fsdp-base: the reference's passes gather the layers as the policy's do, shared with it or a second model."""
+    config = preference_config(workspace, preference__ref_model=workspace / reference, train_iters=2, optimizer__lr_warmup_iters=0)
+    run_training(change(config, save__save=tmp_path / "one"))
+    pool.run(run_training, 2, change(config, save__save=tmp_path / "two", fsdp_base=True))
+    for one, two in zip(values(tmp_path / "one"), values(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=2e-4, abs=2e-5)
+
+
 def test_pairs_that_train_nothing_are_counted(workspace: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", empty=(0, 3), equal=(2,))
     config = preference_config(

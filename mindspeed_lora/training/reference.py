@@ -7,7 +7,7 @@ over the processes like it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from mindspeed_lora.checkpoint.reference import ReferencePoint
 from mindspeed_lora.lora.inject import inject_lora
 from mindspeed_lora.model.stage import GPTStage, build_stage_modules
 from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.parallel.on_demand import BaseStorage
 from mindspeed_lora.parallel.pipeline import PipelineRunner
 from mindspeed_lora.weights.config import ModelConfig
 from mindspeed_lora.weights.table import WeightTable
@@ -42,15 +43,23 @@ class Reference:
 
 
 def build_reference(
-    point: ReferencePoint, config: TrainConfig, model: ModelConfig, dtype: torch.dtype, policy: PipelineRunner, stages: Sequence[GPTStage]
+    point: ReferencePoint,
+    config: TrainConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    policy: PipelineRunner,
+    stages: Sequence[GPTStage],
+    storage: Callable[[], BaseStorage] | None,
 ) -> Reference:
-    """Make the reference of ``point`` for the policy ``stages``, which ``policy`` runs. Collective over the replica."""
+    """Make the reference of ``point`` for the policy ``stages``, which ``policy`` runs; ``storage`` holds the weights of a second model
+    as it does the policy's. Collective over the replica.
+    """
     table, context = WeightTable(model), policy.context
     if point.shared:
         if point.adapter is not None:
             _freeze_adapter(point, stages, table, context)
         return Reference(policy, stages)
-    frozen = build_stage_modules(model, context, dtype, config.parallel.layers_per_virtual_stage)
+    frozen = build_stage_modules(model, context, dtype, config.parallel.layers_per_virtual_stage, make_storage=storage)
     for stage in frozen:
         if point.lora is not None:
             inject_lora(stage, table, point.lora, context)

@@ -146,7 +146,8 @@ def _objective(plan: TrainingPlan, runner: PipelineRunner, stages: Sequence[GPTS
         return RecordLoss(runner.context, plan.config.loss_normalization)
     reference = None
     if plan.reference is not None:
-        reference = build_reference(plan.reference, plan.config, plan.model, plan.dtype, runner, stages)
+        storage = base_storage(plan.config, runner.context)
+        reference = build_reference(plan.reference, plan.config, plan.model, plan.dtype, runner, stages, storage)
     return PairLoss(runner.context, runner.loss, reference)
 
 
