@@ -79,7 +79,7 @@ def write_dataset(config: PreprocessConfig, flags: FlagNames = COMMAND_LINE) -> 
     """
     start = time.monotonic()
     prefix, plan, report = _prefix(config), make_plan(config, flags), PreprocessReport()
-    loop_start = time.monotonic()
+    report.start_seconds = time.monotonic() - start
     with staged(prefix, flags.output) as staging:
         written = staging / ("unpacked" if config.pack else prefix.name)
         _write_files(config, plan, written, report)
@@ -90,7 +90,7 @@ def write_dataset(config: PreprocessConfig, flags: FlagNames = COMMAND_LINE) -> 
             )
         if config.pack:
             _pack_files(config, plan, written, staging / prefix.name, report)
-        report.loop_seconds = time.monotonic() - loop_start
+        report.loop_seconds = time.monotonic() - start - report.start_seconds
         names = [path(stem).name for stem in plan.stems(prefix).values() for path in (bin_path, idx_path)]
         parts = [part_of(staging, staging / name) for name in names]
         write_manifest(staging, replace(_manifest(config, plan, report), parts=parts), manifest_name(prefix))

@@ -29,8 +29,9 @@ class PreprocessReport:
     num_skipped: Counter[str] = field(default_factory=Counter)  # by reason
     notes: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)  # sequences by the power of two that is not below their length
-    seconds: float = 0.0
-    loop_seconds: float = 0.0  # of them after start-up: reading, encoding, writing
+    seconds: float = 0.0  # in all; what is neither of the next two went into checksums and moving the files
+    start_seconds: float = 0.0  # until the first record
+    loop_seconds: float = 0.0  # reading, encoding, writing
 
     def add(self, chunk: EncodedChunk) -> None:
         """Count one chunk."""
@@ -78,7 +79,7 @@ class PreprocessReport:
             filled = self.num_tokens / max(self.num_packs * self.pack_length, 1)
             lines.append(f"packed into {self.num_packs:,} samples of {self.pack_length:,} tokens, {filled:.1%} of them filled")
         lines.append(
-            f"{self.seconds:.1f} s, {self.seconds - self.loop_seconds:.1f} s of them to start; "
+            f"{self.seconds:.1f} s, {self.start_seconds:.1f} s of them to start; "
             f"{self.num_records / max(self.loop_seconds, 1e-9):,.0f} records/s"
         )
         return lines
