@@ -49,8 +49,8 @@ def preprocess(config: PreprocessConfig) -> int:
     return 0
 
 
-def preview(config: PreprocessConfig, count: int) -> Iterator[str]:
-    """Lines that show the first ``count`` records as the model will see them; nothing is written.
+def preview(config: PreprocessConfig, count: int, limit: int | None = None) -> Iterator[str]:
+    """Lines that show the first ``count`` records as the model will see them; nothing is written. ``limit``: of tokens shown of each.
 
     Raises:
         UsageError, DataError: as :func:`write_dataset`.
@@ -65,7 +65,7 @@ def preview(config: PreprocessConfig, count: int) -> Iterator[str]:
             yield f"record {number}{where and f' ({where})'}: skipped: {reason}"
         for row in range(len(chunk.sequences[plan.recipe.form.keys(plan.recipe)[0]].lengths)):
             values = {key: sequences.row(row) for key, sequences in chunk.sequences.items() if row < len(sequences.lengths)}
-            yield from preview_lines(f"record {number}", values, plan.tokenizer, stops)
+            yield from preview_lines(f"record {number}", values, plan.tokenizer, stops, limit)
 
 
 def write_dataset(config: PreprocessConfig, flags: FlagNames = COMMAND_LINE) -> PreprocessReport:
