@@ -107,7 +107,7 @@ def test_workers_end_with_their_parent(tokenizer_dir: Path, tmp_path: Path) -> N
         (["--handler-name", "AlpacaStylePairHandler"], 2, "did you mean AlpacaStylePairwiseHandler"),
         (["--prompt-type", "qwen3", "--pack"], 2, "--pack needs --seq-length"),
         (["--prompt-type", "glm4"], 2, "--prompt-type glm4 needs the token"),
-        (["--prompt-type", "llama2", "--seq-length", "8"], 1, "none of 3 records could be used, nothing is written"),
+        (["--prompt-type", "llama2", "--seq-length", "2"], 1, "none of 3 records could be used, nothing is written"),
         (["--prompt-type", "qwen3", "--map-keys", '{"prompt": "question"}'], 2, "which has input, instruction, output"),
     ],
 )
