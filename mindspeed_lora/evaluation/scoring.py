@@ -132,7 +132,7 @@ def answers_of(batch: RowBatch, scores: Sequence[RowScores]) -> Iterator[tuple[i
             final = score.log_probs[-1, row.last_tokens.index(last)]
             expected = [*row.tokens[len(row.tokens) - length + 1 :], last]
             is_greedy = score.best[row.num_scored - length :].tolist() == expected
-            yield index, (float(inner.sum() + final), is_greedy)
+            yield index, (float(inner.double().sum() + final.double()), is_greedy)
 
 
 def _tensors(batch: RowBatch) -> ScoreBatch:
