@@ -24,7 +24,7 @@ from engine import build_stage, step_of  # noqa: E402
 
 from mindspeed_lora.arguments.configs import LORA_TARGETS, RecomputeFlags  # noqa: E402
 from mindspeed_lora.training.memory import GIB, estimate  # noqa: E402
-from mindspeed_lora.training.sizes import RunSizes, on_device  # noqa: E402
+from mindspeed_lora.training.sizes import RunSizes  # noqa: E402
 from mindspeed_lora.weights.config import ModelConfig  # noqa: E402
 from mindspeed_lora.weights.lora_spec import LoraSpec  # noqa: E402
 
@@ -67,7 +67,7 @@ CASES = (
 def sizes_of(case: Case, model: ModelConfig, device: torch.device) -> RunSizes:
     """What the estimate is told."""
     dtype = getattr(torch, case.dtype)
-    sizes = RunSizes(
+    return RunSizes(
         model,
         LORA if case.lora else None,
         dtype.itemsize,
@@ -75,8 +75,8 @@ def sizes_of(case: Case, model: ModelConfig, device: torch.device) -> RunSizes:
         num_micro_batches=case.micro_batches,
         length=case.length,
         recompute=case.recompute,
+        device_type=device.type,
     )
-    return on_device(sizes, device)
 
 
 def run_of(case: Case, model: ModelConfig, device: torch.device) -> Callable[[], None]:

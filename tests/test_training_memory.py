@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,9 @@ from mindspeed_lora.training.sizes import RunSizes, stage_parameters
 from mindspeed_lora.weights.config import ModelConfig
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.table import WeightTable
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import memory_estimate
 
 LORA = LoraSpec(4, 8.0, LORA_TARGETS)
 MODEL = ModelConfig("qwen3", 64, 96, 4, 8, 4, 16, 320, 320, 1e-6, 1e4, qk_layernorm=True)
@@ -45,3 +50,13 @@ def test_the_total_is_the_sum_of_its_parts_and_grows_with_what_it_should() -> No
     more = estimate(dataclasses.replace(sizes, length=128), 0)
     assert more["activations"] == 2 * parts["activations"] and more["weights"] == parts["weights"]
     assert estimate(dataclasses.replace(sizes, recompute=RecomputeFlags("full", "uniform", 1)), 0)["activations"] < parts["activations"]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize(("dtype", "recompute"), [("bfloat16", RecomputeFlags()), ("float32", RecomputeFlags("full", "uniform", 1))])
+def test_the_total_is_what_torch_allocates(lora: bool, dtype: str, recompute: RecomputeFlags) -> None:
+    """A small version of benchmarks/memory_estimate.py (there: 10 % for models of 1 GiB); tens of MiB have larger odds and ends."""
+    case = memory_estimate.Case(lora, dtype, recompute, 1, 512)
+    device = torch.device("cpu")
+    total = estimate(memory_estimate.sizes_of(case, memory_estimate.SMALL, device), 0)["total"]
+    assert total == pytest.approx(memory_estimate.allocated_peak(case, memory_estimate.SMALL, device), rel=0.15)

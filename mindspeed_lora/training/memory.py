@@ -2,7 +2,7 @@
 
     peak = weights + adapters + gradients + optimizer            there all the time
          + activations + pipeline buffers                        what forward keeps for backward
-         + max(loss head, backward of one layer, optimizer step) what comes and goes on top
+         + max(loss head, backward of one layer)                 what comes and goes on top, recomputed layers with the latter
 
 Each term stands in one function, with the tensors it counts. w = bytes of the model's dtype; per token, at tp 1, unless said otherwise.
 Legend of sizes: h hidden, n heads, g query groups, d head dim, f ffn, v padded vocabulary, r LoRA rank, t tensor-parallel size.
@@ -27,11 +27,9 @@ def estimate(sizes: RunSizes, pp_rank: int, device_bytes: float | None = None) -
     parts = _resident(sizes, counts)
     kept, again = _activations(sizes, pp_rank)
     parts["activations"] = kept
-    if again:
-        parts["recomputed layer"] = again
     if sizes.pp_size > 1:
         parts["pipeline buffers"] = _receive_buffers(sizes, device_bytes)
-    parts |= _working(sizes, counts, pp_rank)
+    parts |= _working(sizes, counts, pp_rank, again)
     parts["total"] = sum(parts.values())
     return parts
 
@@ -88,26 +86,24 @@ def _boundary(sizes: RunSizes) -> float:
     return whole / (sizes.tp_size if sizes.sequence_parallel else 1)
 
 
-def _norm_bytes(sizes: RunSizes, size: int, heads: int = 1) -> float:
-    """One RMSNorm of ``size`` elements: its input, and 1/rms in fp32."""
-    return float(sizes.parameter_bytes * size + 4 * heads)
-
-
 def layer_bytes_per_token(sizes: RunSizes) -> float:
     """What one decoder layer keeps for its backward pass, on one rank."""
     model, width, tp = sizes.model, sizes.parameter_bytes, sizes.tp_size
-    rank = sizes.lora.widest if sizes.lora else 0
-    hidden, queries, keys = model.hidden_size, model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
+    product = 4 if sizes.widened else width  # of what attention and LoRA's products keep
     outside = tp if sizes.sequence_parallel else 1  # what lies between the cut matrices
-    total = 2 * _norm_bytes(sizes, hidden) / outside
-    total += 2 * width * hidden / outside  # what the norms hand to linear_qkv and linear_fc1
-    total += 4 * width * rank  # u = x A^T of the four linears
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    hidden, queries, keys = model.hidden_size, heads * model.kv_channels, groups * model.kv_channels
+    total = 2 * (2 * width * hidden + 4) / outside  # each norm: input, 1/rms; and its output, which the linear keeps
+    total += 4 * product * (sizes.lora.widest if sizes.lora else 0)  # u = x A^T of the four linears
     if model.qk_layernorm:
-        total += (_norm_bytes(sizes, queries, model.num_attention_heads) + _norm_bytes(sizes, 0, model.num_query_groups)) / tp  # k: a view
-    total += width * (queries + 2 * keys) / tp  # linear_qkv's output, which attention's value is a view of
-    total += width * (queries + keys) / tp  # rotated query and key
-    total += (width * queries + 4 * model.num_attention_heads) / tp  # attention's output and log-sum-exp
-    total += width * 3 * model.ffn_hidden_size / tp  # gate, up, product
+        total += (width * queries + 4 * (heads + groups)) / tp  # a contiguous copy of the queries; 1/rms
+    separate = sizes.widened
+    if model.qk_layernorm or not separate:
+        total += width * (queries + 2 * keys) / tp  # linear_qkv's output: keys (norm) and values (attention) are views of it
+    total += product * (queries + keys + (keys if separate else 0)) / tp  # rotated query and key, and a widened value
+    total += (product * queries + 4 * heads) / tp  # attention's output and log-sum-exp
+    total += width * queries / tp if separate else 0  # its output, narrowed again for linear_proj
+    total += 3 * width * model.ffn_hidden_size / tp  # [gate | up], and their product for linear_fc2
     return total
 
 
@@ -120,27 +116,31 @@ def _receive_buffers(sizes: RunSizes, device_bytes: float | None) -> float:
     return max(sizes.pp_size, int(budget // each) // sizes.pp_size * sizes.pp_size) * each
 
 
-def _working(sizes: RunSizes, counts: StageParameters, pp_rank: int) -> dict[str, float]:
-    """The largest of what comes and goes, under its name."""
-    candidates = {"backward of a layer": _layer_backward(sizes, counts), "optimizer step": 0.0}
-    if pp_rank == sizes.pp_size - 1:
-        candidates["loss head"] = _loss_head(sizes)
-    name = max(candidates, key=lambda key: candidates[key])
-    return {name: candidates[name]}
+def _working(sizes: RunSizes, counts: StageParameters, pp_rank: int, recomputed: float) -> dict[str, float]:
+    """The larger of what comes and goes: the loss head, or the backward pass of a layer with the layers recomputed for it."""
+    backward = {"recomputed layer": recomputed} if recomputed else {}
+    backward["backward of a layer"] = _layer_backward(sizes, counts)
+    head = {"loss head": _loss_head(sizes)} if pp_rank == sizes.pp_size - 1 else {}
+    return max(head, backward, key=lambda parts: sum(parts.values()))
 
 
 def _loss_head(sizes: RunSizes) -> float:
-    """One block of logits: [chunk, columns] in fp32 and again in the model's dtype (where that is another); the gradient of hidden."""
-    rows, width = min(sizes.micro_batch_tokens, CHUNK_TOKENS), sizes.parameter_bytes
-    vocabulary, hidden = sizes.model.padded_vocab_size / sizes.tp_size, sizes.model.hidden_size
-    logits = rows * min(vocabulary, block_columns(rows)) * (4 if width == 4 else 4 + width)
-    trained = 0.0 if sizes.lora else width * vocabulary * hidden  # the weight's gradient
-    return logits + trained + rows * hidden * 8.0 + sizes.micro_batch_tokens * hidden * width
+    """A block of fp32 logits (of several, the new and the last), hidden states' sums, and the weight gradient of a trained head."""
+    width, hidden = sizes.parameter_bytes, sizes.model.hidden_size
+    rows = min(sizes.micro_batch_tokens, CHUNK_TOKENS)
+    vocabulary = sizes.model.padded_vocab_size / sizes.tp_size
+    block = min(block_columns(rows, sizes.device_type), vocabulary)
+    blocks = 2 if block < vocabulary else 1
+    logits = rows * block * (4 * blocks + (0 if width == 4 or sizes.widened else width))
+    sums = rows * hidden * (12 if sizes.widened else 8) + (4 * block * hidden if sizes.widened else 0)
+    states = 3 * width * sizes.micro_batch_tokens * hidden  # the final norm's output, its trained rows, their gradient
+    return logits + sums + states + (0 if sizes.lora else width * vocabulary * hidden)
 
 
 def _layer_backward(sizes: RunSizes, counts: StageParameters) -> float:
-    """Gradients inside the MLP (product, gate, up, their concatenation), and the largest weight gradient before it is added."""
-    gradients = sizes.micro_batch_tokens * sizes.parameter_bytes * 5 * sizes.model.ffn_hidden_size / sizes.tp_size
+    """Gradients inside the MLP: of the product, of [gate | up] and, widened, once more; and a trained weight's before it is added."""
+    width, ffn = sizes.parameter_bytes, sizes.model.ffn_hidden_size / sizes.tp_size
+    gradients = sizes.micro_batch_tokens * ffn * (3 * width + (2 * 4 if sizes.widened else 0))
     return gradients + (0 if sizes.lora else counts.largest * sizes.parameter_bytes)
 
 

@@ -7,17 +7,13 @@ The memory estimate, the time estimate and ``--dry-run``'s advice are functions 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-
-import torch
+from dataclasses import dataclass, field
 
 from mindspeed_lora.arguments.configs import RecomputeFlags
 from mindspeed_lora.parallel.pipeline import bubble_fraction
 from mindspeed_lora.weights.config import ModelConfig, stage_layers
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.table import Row, WeightTable
-
-CPU_BLOCK_LOGITS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -45,8 +41,12 @@ class RunSizes:
     fsdp_base: bool = False
     qlora: bool = False
     pipeline_buffer_fraction: float = 0.05
-    widened: bool = False  # 16-bit values are multiplied in fp32 (most CPUs)
-    block_logits: int = 1 << 26  # of the loss head, held at once (parallel/cross_entropy.py)
+    device_type: str = "cuda"  # cpu, or what else computes
+
+    @property
+    def widened(self) -> bool:
+        """Whether 16-bit values are widened to fp32 where they are multiplied: attention and products on a CPU."""
+        return self.device_type == "cpu" and self.parameter_bytes == 2
 
     @property
     def world_size(self) -> int:
@@ -135,10 +135,3 @@ def stage_parameters(sizes: RunSizes, pp_rank: int) -> StageParameters:
         layers=sizes.layers_per_stage,
         largest=max(local(row) for row in present),
     )
-
-
-def on_device(sizes: RunSizes, device: torch.device) -> RunSizes:
-    """``sizes`` with what depends on the kind of device."""
-    if device.type != "cpu":
-        return sizes
-    return replace(sizes, widened=sizes.parameter_bytes == 2, block_logits=CPU_BLOCK_LOGITS)

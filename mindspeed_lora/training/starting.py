@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from mindspeed_lora.arguments.configs import TrainConfig
 from mindspeed_lora.checkpoint.load import LoadReport
@@ -14,7 +14,6 @@ from mindspeed_lora.parallel.pipeline import bubble_fraction
 from mindspeed_lora.training import memory
 from mindspeed_lora.training.preflight import TrainingPlan
 from mindspeed_lora.training.report import print_block
-from mindspeed_lora.training.sizes import on_device
 from mindspeed_lora.weights.lora_blocks import adapted_entries, trained_elements
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.table import WeightTable
@@ -68,7 +67,7 @@ def report_start(plan: TrainingPlan, context: ParallelContext, loaded: LoadRepor
     every = gather_from_all(loaded, context)
     base, adapter = (sum(getattr(report, name) for report in every) for name in ("base", "adapter"))
     device_bytes = min(gather_from_all(total_memory_bytes(context.device), context))
-    _, largest = memory.largest_estimate(on_device(plan.sizes, context.device), device_bytes)
+    _, largest = memory.largest_estimate(replace(plan.sizes, device_type=context.device.type), device_bytes)
     model = plan.model
     fresh = "none loaded, initialised by seed" if lora else "none"
     adapter_source = str(plan.start.adapter.path) if plan.start.adapter else fresh
