@@ -111,7 +111,7 @@ def compare(sides: dict[str, Side], batch: int, prompt_length: int, new_tokens: 
 def main() -> None:
     """Measure, print, write."""
     import torch
-    from train_step_cpu import machine
+    from common import machine
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
