@@ -172,7 +172,7 @@ def measure(folder: Path, dtype: Any, rounds: int, batches: list[Any], compiled:
             steps[f"peft sdpa compiled{word}"] = peft_side(folder, dtype, autocast, "sdpa", True)
     losses: dict[str, list[float]] = {name: [] for name in steps}
     sides = {name: timed(step, batches, losses[name]) for name, step in steps.items()}
-    sides["floor"] = torch.no_grad()(common.seconds(products_of(lambda: ours(batches[0]))))
+    sides["floor"] = torch.no_grad()(common.seconds(products_of(lambda: our_side(folder, dtype)(batches[0]))))
     values = common.alternate(sides, rounds, 2)
     return {"seconds": values, "first_loss": {name: series[0] for name, series in losses.items()}}
 
