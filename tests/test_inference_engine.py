@@ -15,6 +15,7 @@ from pool import ProcessPool, RankError
 
 from mindspeed_lora.arguments.configs import InferenceConfig, LoadFlags, ParallelFlags, RuntimeFlags, TemplateFlags, TokenizerFlags
 from mindspeed_lora.errors import MindSpeedLoraError
+from mindspeed_lora.inference.channel import RankDied
 from mindspeed_lora.inference.engine import Engine, ScoreBatch
 from mindspeed_lora.inference.run import infer
 from mindspeed_lora.inference.session import lead, open_session
@@ -242,7 +243,7 @@ def dead_worker_cell(folder: Path) -> None:
     try:
         for _ in range(5):
             engine.forward(torch.tensor([[1, 2, 3]]))
-    except RuntimeError as error:
+    except RankDied as error:
         engine.stop()
         raise ValueError(f"the driver noticed after {time.perf_counter() - start:.0f} s") from error
 
