@@ -20,14 +20,13 @@ from mindspeed_lora.weights.sources import open_base
 from mindspeed_lora.weights.table import WeightTable
 
 UNIFORM, PAIRS, BLOCK = RecomputeFlags("full", "uniform", 1), RecomputeFlags("full", "uniform", 2), RecomputeFlags("full", "block", 1)
-SELECTIVE = RecomputeFlags("selective")
 CELLS = {  # (processes, tp, pp, sequence parallel, layers per virtual stage, recomputation, fusion)
     "dp2": (2, 1, 1, False, None, RecomputeFlags(), True),
     "dp2-unfused": (2, 1, 1, False, None, RecomputeFlags(), False),
     "dp2-uniform": (2, 1, 1, False, None, UNIFORM, True),
     "dp2-pairs-unfused": (2, 1, 1, False, None, PAIRS, False),
     "dp2-block": (2, 1, 1, False, None, BLOCK, True),
-    "tp2-dp2-sp": (4, 2, 1, True, None, SELECTIVE, True),
+    "tp2-dp2-sp": (4, 2, 1, True, None, UNIFORM, True),
     "pp2-dp2": (4, 1, 2, False, None, UNIFORM, True),
     "pp2-vp2-dp2": (4, 1, 2, False, 1, RecomputeFlags(), True),
     "tp2-pp2-dp2": (8, 2, 2, False, None, PAIRS, True),

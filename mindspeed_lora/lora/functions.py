@@ -105,10 +105,10 @@ class ColumnLora(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Grads:
         """Gradients of x, A and B; none for the frozen weight."""
-        x, weight, a, b, u = ctx.saved_tensors
+        saved = x, weight, a, b, u = ctx.saved_tensors  # once: recomputation hands each tensor out a single time
         wide = _wide(dy)
         if ctx.context.sequence_parallel:
-            grad_x, grad_u, grad_b = _column_scattered(ctx, dy, wide)
+            grad_x, grad_u, grad_b = _column_scattered(ctx, saved, dy, wide)
             grad_a = _grad_a(grad_u, x, a)
         else:
             grad_u = times(wide, b).mul_(ctx.scale)
@@ -122,9 +122,11 @@ class ColumnLora(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None, None
 
 
-def _column_scattered(ctx: Any, dy: torch.Tensor, wide: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+def _column_scattered(
+    ctx: Any, saved: tuple[torch.Tensor, ...], dy: torch.Tensor, wide: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """(dx_i or None, g_u ``[n/t, r]``, dB_i) of the column layer with SP: one reduce-scatter, dB behind it."""
-    x, weight, a, b, u = ctx.saved_tensors
+    x, weight, a, b, u = saved
     width = x.shape[-1] if ctx.needs_input_grad[0] else 0
     both = dy.new_empty(wide.shape[0], width + a.shape[0])
     if width:
