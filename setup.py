@@ -24,7 +24,7 @@ setup(
         "peft>=0.15",
         "accelerate>=1.0",
         "datasets>=3.0",
-        "lm_eval>=0.4.8",
+        "lm_eval>=0.4.13",
         "numpy>=1.26",
         "pyarrow>=15",
         "safetensors>=0.4.3",
