@@ -67,7 +67,7 @@ def test_adapters_of_both_formats(hf: Path, tmp_path: Path) -> None:
     reference = {"path": str(hf), "fingerprint": open_base(hf).fingerprint()}
     found = said(write_megatron_adapter(tmp_path / "lora", table, SPEC, tensors, Layout(2, 1), base=reference))
     assert found["format"] == "Megatron V1, LoRA tensors only" and found["iteration"].startswith("7 ") and found["dtype"] == "float32"
-    assert found["lora"] == f"r 4, alpha 8, targets {' '.join(TARGETS)}" and found["tensors"].startswith("32 ")
+    assert found["lora"] == f"r 4, alpha 8 on {' '.join(TARGETS)}" and found["tensors"].startswith("32 ")
     assert found["base"] == f"{hf} (is there), {reference['fingerprint']}" and "coverage" in found
     write_peft_adapter(tmp_path / "peft", table, SPEC, tensors, "/nowhere/base")
     found = said(tmp_path / "peft")
