@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 
 from mindspeed_lora.parallel import collectives
 from mindspeed_lora.parallel.context import ParallelContext, build_context
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from collective_counts import counted  # the benchmarks are no package
 
 SEQUENCE, BATCH, HIDDEN, FFN, RANK = 8, 2, 12, 16, 3
 SCALE = 2.0
@@ -88,35 +92,6 @@ def _run_pair(tp_size: int, sequence_parallel: bool, fusion: bool) -> dict[str, 
     if context.sequence_parallel:
         collectives.all_reduce(grads["b2"], context.tp_group)  # grad_sum "sp"
     return {"y": y.detach(), "x": x.grad, **grads, "calls": calls}
-
-
-class counted:
-    """Records (kind, bytes sent) of every collective that torch.distributed is asked for."""
-
-    def __enter__(self) -> list[tuple[str, int]]:
-        self.calls: list[tuple[str, int]] = []
-        self.saved: list[tuple[Any, str, Callable[..., Any]]] = []
-        targets = (
-            (torch.distributed, "all_reduce", "all_reduce", 0),
-            (collectives, "_all_gather", "all_gather", 1),
-            (collectives, "_reduce_scatter", "reduce_scatter", 1),
-        )
-        for module, name, kind, sent in targets:
-            original = getattr(module, name)
-            self.saved.append((module, name, original))
-            setattr(module, name, self._wrap(kind, sent, original))
-        return self.calls
-
-    def _wrap(self, kind: str, sent: int, original: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*tensors: torch.Tensor, **options: Any) -> Any:
-            self.calls.append((kind, tensors[sent].numel() * tensors[sent].element_size()))
-            return original(*tensors, **options)
-
-        return wrapped
-
-    def __exit__(self, *_exc: object) -> None:
-        for module, name, original in reversed(self.saved):
-            setattr(module, name, original)
 
 
 def _assemble(results: list[dict[str, Any]], sequence_parallel: bool) -> dict[str, torch.Tensor]:
