@@ -190,7 +190,7 @@ CASES: dict[str, Bad] = {
         1,
     ),
     "wrong architecture": ("posttrain_gpt.py", lambda w: train(w, *TARGETS, "--hidden-size", "128"), 2, ["--hidden-size 128", "64"], 1),
-    "fp16": ("posttrain_gpt.py", lambda w: train(w, *TARGETS, "--fp16"), 2, ["fp16"], 1),
+    "fp16 and bf16": ("posttrain_gpt.py", lambda w: train(w, *TARGETS, "--fp16", "--bf16"), 2, ["--fp16", "--bf16"], 1),
     "dropout": ("posttrain_gpt.py", lambda w: train(w, *TARGETS, "--hidden-dropout", "0.1"), 2, ["--hidden-dropout", "0.1"], 1),
     "global batch": (
         "posttrain_gpt.py",

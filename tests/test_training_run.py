@@ -260,7 +260,7 @@ def test_replicas_that_differ_are_named(pool: ProcessPool) -> None:
         ({"load__load": None, "load__lora_load": Path("x")}, UsageError, "--load is missing"),
         ({"load__load": Path("/nowhere")}, MindSpeedLoraError, "/nowhere"),
         ({"data__data_path": "/nowhere/set"}, MindSpeedLoraError, "--data-path /nowhere/set"),
-        ({"runtime__params_dtype": "fp16"}, UsageError, "fp16"),
+        ({"runtime__params_dtype": "fp8"}, UsageError, "training in fp8 is not supported; pass --bf16, --fp16"),
         ({"data__seq_length": 1}, UsageError, "--seq-length 1"),
         ({"data__pad_to_multiple_of": 0}, UsageError, "--pad-to-multiple-of 0"),
         ({"lora": LoraFlags(r=4)}, UsageError, "--lora-target-modules"),

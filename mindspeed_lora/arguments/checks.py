@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_lora.arguments.checks_asking import check_asking
-from mindspeed_lora.arguments.configs import LORA_TARGETS, TrainConfig
+from mindspeed_lora.arguments.configs import LORA_TARGETS, LossScaleFlags, TrainConfig
 from mindspeed_lora.arguments.flag import CONVERT, INFER, PREPROCESS, RUNS, TRAIN, Flag
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.manifest import MANIFEST_NAME, read_manifest
@@ -169,7 +169,7 @@ def _check_training(values: Values, sources: Sources) -> list[str]:
             "of at least 2; "
             "with one stage there is nothing to interleave"
         )
-    notes = []
+    notes = _check_loss_scale(values, sources)
     if "save.save" not in values:
         notes.append("--save is absent: this run writes no checkpoint")
         if "save.save_interval" in values:
@@ -221,6 +221,24 @@ def _check_schedule(values: Values) -> None:
     decay = values.get("optimizer.lr_decay_iters", values["train_iters"])
     if warmup and warmup >= decay:
         raise UsageError(f"--lr-warmup-iters {warmup} leaves nothing of the {decay} iterations of the decay; use fewer than {decay}")
+
+
+def _check_loss_scale(values: Values, sources: Sources) -> list[str]:
+    """The scale is fp16's; a constant one makes the other flags idle, otherwise it starts at its minimum or above."""
+    given = [flag for path, flag in sources.items() if path.startswith("loss_scale.")]
+    if not given:
+        return []
+    if values.get("runtime.params_dtype") != "fp16":
+        return [f"{' '.join(given)}: bf16 and fp32 need no loss scale; only --fp16 has one"]
+    if "loss_scale.constant" in values:
+        idle = [flag for flag in given if flag != "--loss-scale"]
+        return [f"{' '.join(idle)}: --loss-scale {values['loss_scale.constant']:g} is constant"] if idle else []
+    initial, minimum = values.get("loss_scale.initial", LossScaleFlags.initial), values.get("loss_scale.minimum", LossScaleFlags.minimum)
+    if minimum > initial:
+        raise UsageError(
+            f"--min-loss-scale {minimum:g} is above --initial-loss-scale {initial:g}; the scale falls towards it, so use a smaller one"
+        )
+    return []
 
 
 def _check_recompute(values: Values) -> None:

@@ -136,6 +136,17 @@ class OptimizerFlags:
 
 
 @dataclass(frozen=True)
+class LossScaleFlags:
+    """The factor of the loss in fp16; ``constant`` None: it adapts itself between steps."""
+
+    constant: float | None = None
+    initial: float = 2.0**32
+    minimum: float = 1.0
+    window: int = 1000  # steps without an overflow until it doubles
+    hysteresis: int = 2  # it halves from this overflow on
+
+
+@dataclass(frozen=True)
 class RecomputeFlags:
     """``granularity`` None: off. ``full``: ``method`` block (the first ``num_layers`` of a stage) or uniform (groups of them)."""
 
@@ -189,6 +200,7 @@ class TrainConfig:
     optimizer: OptimizerFlags
     recompute: RecomputeFlags
     save: SaveFlags
+    loss_scale: LossScaleFlags = field(default_factory=LossScaleFlags)  # with params_dtype fp16
     fsdp_base: bool = False  # the frozen base's linear weights are cut over the data-parallel ranks
     architecture: ArchitectureFlags = field(default_factory=ArchitectureFlags)
     lora: LoraFlags | None = None  # None: full-parameter training

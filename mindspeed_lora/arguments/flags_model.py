@@ -6,8 +6,6 @@ from mindspeed_lora.arguments.configs import LORA_TARGETS
 from mindspeed_lora.arguments.flag import CONVERT, EVALUATE, INFER, PREPROCESS, RUNS, TRAIN, Flag, active
 from mindspeed_lora.arguments.values import COUNT, PATH, POSITIVE, TEXT, WHOLE
 
-LATER_FP16 = "fp16 is refused: it comes with a later release (it needs loss scaling); use --bf16, or no flag for fp32"
-
 LOADING = [
     active(
         "--load",
@@ -212,8 +210,7 @@ DEVICE = [
         "dtype of weights and activations",
         TEXT,
         "runtime.params_dtype",
-        choices=("bf16", "fp32"),
-        not_yet={"fp16": LATER_FP16},
+        choices=("bf16", "fp16", "fp32"),
         default_text="training: fp32; otherwise the checkpoint's own",
     ),
     active(

@@ -151,7 +151,6 @@ TRAINING = [
         T,
         "rotary embeddings are relative: within a document nothing changes, and --reset-attention-mask keeps documents apart",
     ),
-    *accepted("initial-loss-scale", RUNS, "bf16 and fp32 need no loss scale", NUMBER),
     *accepted("no-check-for-nan-in-loss-and-grad", T, "a loss that is not finite always ends the run"),
     *accepted("padded-samples", T, "epochs follow each other without a gap, so no batch is short"),
     *accepted(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from mindspeed_lora.arguments.flag import COMMANDS, CONVERT, EVALUATE, PREPROCESS, RUNS, Flag, refused
-from mindspeed_lora.arguments.flags_model import LATER_FP16
 from mindspeed_lora.arguments.values import TEXT
 
 MODELS = (*RUNS, CONVERT)
@@ -88,7 +87,6 @@ DATA_FLAGS = [
 ]
 
 RUN_FLAGS = [
-    *refused("fp16", RUNS, LATER_FP16),
     *refused("num-layer-list noop-layers", RUNS, PLACEMENT, TEXT),
     *refused(
         "schedules-method", MODELS, "this pipeline schedule is not supported; leave it out: one-forward-one-backward, or interleaved", TEXT

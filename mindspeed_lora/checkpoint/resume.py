@@ -34,7 +34,7 @@ from mindspeed_lora.weights.table import Row, WeightTable
 
 RESUME_FOLDER = "resume"
 STATE_FILE = "trainer_state.json"
-_LATER_FIELDS = ("best_loss", "best_iteration")  # which the first saves did not have
+_LATER_FIELDS = ("best_loss", "best_iteration", "loss_scale")  # which the first saves did not have
 _TIED = {"output_layer.weight": "embedding.word_embeddings.weight"}
 
 
@@ -89,7 +89,7 @@ class TrainerState:
     """Counters of a run. ``schedule_samples`` counts successful steps only, ``optimizer_steps`` is Adam's count.
 
     ``origin``: what the data order and the schedule were made from, compared when the run is continued. ``best_loss``: the lowest
-    validation loss of --save-best, at ``best_iteration``.
+    validation loss of --save-best, at ``best_iteration``. ``loss_scale``: of fp16 (see :mod:`mindspeed_lora.training.loss_scale`).
     """
 
     iteration: int = 0
@@ -101,6 +101,7 @@ class TrainerState:
     origin: dict[str, Any] = field(default_factory=dict)
     best_loss: float | None = None
     best_iteration: int | None = None
+    loss_scale: dict[str, float] | None = None
 
 
 def table_row(table: WeightTable, name: str) -> Row:

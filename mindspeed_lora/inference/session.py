@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CRASH = -1  # exit code sent to workers when the driver fails by our own mistake
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -199,17 +199,8 @@ def _prompt_format(
 
 
 def resolve_dtype(flag: str | None, base: Base) -> torch.dtype:
-    """``--bf16`` or ``--fp32`` as passed, else the checkpoint's own.
-
-    Raises:
-        UsageError: float16, which is not supported yet.
-    """
-    name = flag or str(base.dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise UsageError(
-            f"{'--params-dtype' if flag else f'--load {base.path}'}: {name} is not supported here yet; pass --bf16 or --params-dtype fp32"
-        )
-    return _DTYPES[name]
+    """``--bf16``, ``--fp16`` or ``--params-dtype`` as passed, else the checkpoint's own."""
+    return base.dtype if flag is None else _DTYPES[flag]
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, recorded: dict[str, Any] | None, where: str) -> None:

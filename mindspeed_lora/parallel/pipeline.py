@@ -91,13 +91,15 @@ class PipelineRunner:
     """Forward and backward over this rank's stages.
 
     ``buffer_fraction`` of the smallest device's memory bounds the receive buffers of one schedule call. ``loss`` makes the
-    micro-batch's loss from its rows'. Collective over the replica when made.
+    micro-batch's loss from its rows'. ``loss_scale`` multiplies it before every backward pass, for fp16. Collective over the replica when
+    made.
     """
 
     def __init__(
         self, stages: Sequence[Stage], context: ParallelContext, buffer_fraction: float = 0.05, loss: RowLoss = sum_of_rows
     ) -> None:
         self.stages, self.context, self.loss = list(stages), context, loss
+        self.loss_scale = 1.0
         memory = torch.tensor(float(total_memory_bytes(context.device)), dtype=torch.float32, device=context.device)
         all_reduce(memory, context.model_group, dist.ReduceOp.MIN)  # all ranks of a replica must cut a step alike
         self._budget_bytes = buffer_fraction * float(memory)
@@ -123,7 +125,7 @@ class PipelineRunner:
         targets: torch.Tensor | None = None,
         columns: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Accumulate gradients of the loss over the replica's rows: with the default loss, ``sum(row_weights * -log p)``.
+        """Accumulate gradients of the loss (times ``loss_scale``) over the replica's rows: by default of ``sum(row_weights * -log p)``.
 
         Args:
             ids, labels: int64 ``[m * micro_batch_size, s]`` on the device, on every rank of the replica.
@@ -141,7 +143,7 @@ class PipelineRunner:
         if self.context.pp_size == 1:
             return self._accumulate(ids, inputs, targets, micro_batch_size, columns)
         if not library_schedules_work(self.context):
-            return fill_drain(self.stages, self.context, ids, inputs, micro_batch_size, self.loss, targets)
+            return fill_drain(self.stages, self.context, ids, inputs, micro_batch_size, self._scaled_loss, targets)
         losses = []
         start, length = 0, ids.shape[1]
         num_micro_batches = ids.shape[0] // micro_batch_size
@@ -152,6 +154,9 @@ class PipelineRunner:
             losses.append(self._step(ids[rows], _take(inputs, rows), targets[rows], micro_batch_size, size))
         return torch.cat(losses)
 
+    def _scaled_loss(self, losses: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.loss(losses, targets) * self.loss_scale
+
     def _accumulate(
         self, ids: torch.Tensor, inputs: Inputs, targets: torch.Tensor, micro_batch_size: int, columns: Sequence[int] | None
     ) -> torch.Tensor:
@@ -160,7 +165,7 @@ class PipelineRunner:
             rows = slice(start, start + micro_batch_size)
             used = ids.shape[1] if columns is None else columns[number]
             output = self.stages[0](ids[rows, :used], **_take(inputs, rows, used))
-            self.loss(output, targets[rows]).backward()
+            self._scaled_loss(output, targets[rows]).backward()
             losses.append(output.detach())
         return torch.cat(losses)
 
@@ -202,7 +207,7 @@ class PipelineRunner:
 
         def loss_of(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             self._rows.append(output.detach())  # the schedules take a stage's micro-batches in order
-            return self.loss(output, target)
+            return self._scaled_loss(output, target)
 
         if len(pipeline_stages) > 1:
             return ScheduleInterleaved1F1B(pipeline_stages, size, loss_fn=loss_of, scale_grads=False)

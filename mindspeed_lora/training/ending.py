@@ -36,11 +36,12 @@ def report_end(plan: TrainingPlan, context: ParallelContext, trained: Sequence[T
     ]
     lines.append(f"waited for data: {100 * totals.data_seconds / seconds:.2f} % of the time")
     device_peak = peak_flops(_device_name(context.device))
-    if device_peak is not None and plan.dtype == torch.bfloat16:
+    if device_peak is not None and plan.dtype.itemsize == 2:
         lines.append(f"model FLOP utilisation: {100 * rate / device_peak:.1f} % of {device_peak / 1e12:.0f} TFLOP/s")
     lines.append(f"peak memory of a {'process' if context.device.type == 'cpu' else 'device'}: {peak / GIB:.2f} GiB")
     if plan.state.skipped_iterations or plan.state.skipped_samples:
-        lines.append(f"skipped: {plan.state.skipped_iterations} iterations, {plan.state.skipped_samples} samples without a trained token")
+        what = f"{plan.state.skipped_iterations} iterations, {plan.state.skipped_samples} samples without a trained token"
+        lines.append(f"skipped: {what}{' (in fp16 also iterations that overflowed)' if plan.dtype == torch.float16 else ''}")
     if plan.state.best_iteration is not None:
         lines.append(f"best validation loss: {plan.state.best_loss:.6E} at iteration {plan.state.best_iteration}")
     lines += next_commands(plan, context)

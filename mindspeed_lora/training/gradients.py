@@ -1,15 +1,18 @@
 """Gradients in one flat fp32 buffer: accumulated over micro-batches, reduced once a step, measured and clipped.
 
 Order of a step: all micro-batches' backward passes (hooks add into the buffer) -> :meth:`FlatGradients.reduce`
-(TP sum of the partial range, DP sum, tied-embedding sum) -> :meth:`FlatGradients.norm` -> :meth:`FlatGradients.clip`.
+(TP sum of the partial range, DP sum, tied-embedding sum) -> in fp16 :meth:`FlatGradients.unscale` ->
+:meth:`FlatGradients.norm` -> :meth:`FlatGradients.clip`.
 The loss is divided by the global token count before backward, so that every reduction is a plain sum.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mindspeed_lora.parallel.collectives import all_reduce, reduce_scatter_dim0
@@ -88,6 +91,16 @@ class FlatGradients:
         self._reduce_tied()
         for gradient in tied if self.context.dp_rank > 0 else []:
             gradient.zero_()
+
+    def unscale(self, scale: float) -> bool:
+        """Divide by the loss scale; False where a gradient of any rank is not finite. Collective over all ranks."""
+        overflow = torch.zeros((), dtype=torch.float32, device=self.buffer.device)
+        if self.own.numel():
+            overflow += ~torch.linalg.vector_norm(self.own, math.inf).isfinite()  # the largest, and no temporary of the buffer's size
+            self.own.mul_(1.0 / scale)
+        for group in (self.context.dp_group, self.context.model_group):
+            all_reduce(overflow, group, dist.ReduceOp.MAX)
+        return not bool(overflow)
 
     def norm(self) -> float:
         """L2 norm over the whole model, every parameter counted once. Collective over the model group."""

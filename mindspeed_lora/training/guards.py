@@ -42,7 +42,8 @@ def check_lora_gradients(gradients: FlatGradients, context: ParallelContext) -> 
     largest = torch.zeros((), device=context.device)
     matrices = [item for item in gradients.layout.parameters if ".lora_B." in item.name]
     for item in matrices:
-        largest = torch.maximum(largest, gradients.layout.view(gradients.buffer, item).abs().max())
+        peak = gradients.layout.view(gradients.buffer, item).abs().max()
+        largest = torch.maximum(largest, peak.nan_to_num(nan=math.inf))  # an overflow of fp16 is not nothing
     all_reduce(largest, context.tp_group, dist.ReduceOp.MAX)
     all_reduce(largest, context.dp_group, dist.ReduceOp.MAX)
     dead = torch.zeros(context.pp_size, device=context.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from mindspeed_lora.parallel.pipeline import PipelineRunner
 from mindspeed_lora.training.flops import FlopsModel
 from mindspeed_lora.training.gradients import FlatGradients
 from mindspeed_lora.training.guards import check_finite, check_lora_gradients
+from mindspeed_lora.training.loss_scale import LossScaler
 from mindspeed_lora.training.objective import Objective
 from mindspeed_lora.training.optimizer import FlatAdamW
 from mindspeed_lora.training.report import IterationReport, Recorder, validation_line
@@ -27,11 +29,15 @@ from mindspeed_lora.training.schedule import LearningRateSchedule
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave; ``loss`` None: the batch had nothing to train and was skipped. ``metrics``: the objective's, by name."""
+    """What one step gave; ``loss`` None: the batch had nothing to train and was skipped. ``metrics``: the objective's, by name.
+
+    ``overflow``: gradients or loss left the range of fp16, and the step was skipped.
+    """
 
     loss: float | None
     norm: float | None
     metrics: dict[str, float] = field(default_factory=dict)
+    overflow: bool = False
 
 
 @dataclass
@@ -43,6 +49,7 @@ class Interval:
     losses: list[float] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     skipped: int = 0
+    nan: int = 0  # of the skipped, with a loss that is no number
     tokens: int = 0
     documents: int = 0
     data_seconds: float = 0.0
@@ -70,6 +77,7 @@ class Machinery:
     schedule: LearningRateSchedule
     flops: FlopsModel
     trains_lora: bool
+    scaler: LossScaler | None  # None: not fp16
 
 
 class Trainer:
@@ -93,6 +101,7 @@ class Trainer:
         self.validation, self.global_batch_size = validation, global_batch_size
         self.save, self.recorder = save, recorder
         self.totals = Totals()
+        self._record_scale()
         self._lora_checked = not parts.trains_lora
         self._saved_at: int | None = None
         self._evaluated_at: int | None = None
@@ -144,11 +153,16 @@ class Trainer:
             self.state.skipped_iterations += 1
             return StepResult(None, None)
         parts.gradients.zero()
+        if parts.scaler is not None:
+            parts.runner.loss_scale = parts.scaler.scale
         loss, *metrics = self._means(batch, training=True)
         if not self._lora_checked and loss > 0:
             check_lora_gradients(parts.gradients, self.context)
             self._lora_checked = True
         parts.gradients.reduce()
+        if parts.scaler is not None and self._overflowed(parts.scaler, loss, batch):
+            self.state.skipped_iterations += 1
+            return StepResult(loss, None, overflow=True)
         norm = parts.gradients.norm()
         check_finite(loss, norm, self.state.iteration, batch.sample_ids)
         parts.gradients.clip(norm, self.config.optimizer.clip_grad)
@@ -156,6 +170,26 @@ class Trainer:
         self.state.schedule_samples += self.global_batch_size
         self.state.optimizer_steps += 1
         return StepResult(loss, norm, dict(zip(parts.objective.metrics, metrics, strict=True)))
+
+    def _overflowed(self, scaler: LossScaler, loss: float, batch: StepBatch) -> bool:
+        """Take the loss scale out of the gradients and go on to the next step's; whether they or the loss left the range of fp16.
+
+        Raises:
+            MindSpeedLoraError: the loss is not finite, and the scale cannot become smaller.
+        """
+        overflow = not self.parts.gradients.unscale(scaler.scale) or not math.isfinite(loss)
+        if scaler.at_minimum and not math.isfinite(loss):
+            check_finite(loss, self.parts.gradients.norm(), self.state.iteration, batch.sample_ids)
+        before = scaler.scale
+        scaler.update(overflow)
+        self._record_scale()
+        if overflow:
+            then = f"the scale is now {scaler.scale:g}" if scaler.scale < before else "the scale stays"
+            get_logger().warning(f"iteration {self.state.iteration}: overflow in fp16 at loss scale {before:g}; skipped, {then}")
+        return overflow
+
+    def _record_scale(self) -> None:
+        self.state.loss_scale = None if self.parts.scaler is None else self.parts.scaler.record()
 
     def _means(self, batch: StepBatch, training: bool) -> list[float]:
         """Loss and metrics, means over the global batch, on every rank; in training with a backward pass. Collective."""
@@ -179,6 +213,9 @@ class Trainer:
         if result.loss is None:
             interval.skipped += 1
             get_logger().warning(f"iteration {self.state.iteration}: no trained token in the whole global batch; skipped")
+        elif result.overflow:
+            interval.skipped += 1
+            interval.nan += not math.isfinite(result.loss)
         else:
             interval.losses.append(result.loss)
             interval.metrics.append(result.metrics)
@@ -205,6 +242,8 @@ class Trainer:
             lm_loss=sum(interval.losses) / len(interval.losses) if interval.losses else None,
             grad_norm=result.norm,
             skipped_iterations=interval.skipped,
+            loss_scale=1.0 if self.parts.scaler is None else self.parts.scaler.scale,
+            nan_iterations=interval.nan,
             tokens_per_second=interval.tokens / seconds / self.context.world_size,
             teraflops=flops / seconds / self.context.world_size / 1e12,
             core_attention_percent=100 * share,

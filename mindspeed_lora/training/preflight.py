@@ -29,7 +29,7 @@ from mindspeed_lora.weights.config import Layout, ModelConfig
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.table import WeightTable
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _global_batch_size(config: TrainConfig, dp_size: int) -> int:
 def _dtype(config: TrainConfig) -> torch.dtype:
     name = config.runtime.params_dtype or "fp32"
     if name not in DTYPES:
-        raise UsageError(f"training in {name} is not supported yet; pass --bf16, or neither for fp32")
+        raise UsageError(f"training in {name} is not supported; pass --bf16, --fp16, or neither for fp32")
     return DTYPES[name]
 
 

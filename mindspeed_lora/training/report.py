@@ -34,11 +34,13 @@ class IterationReport:
     tokens_per_second: float
     teraflops: float
     core_attention_percent: float
+    loss_scale: float = 1.0  # of the next step; other than 1 in fp16 only
+    nan_iterations: int = 0  # skipped with a loss that is no number
     data_ms: float = 0.0  # of elapsed_ms, waiting for the batch
     metrics: Mapping[str, float] = field(default_factory=dict)  # means over the interval's steps, such as rewards/accuracies
 
     def line(self, throughput: bool, now: datetime | None = None) -> str:
-        """The peer's line (MindSpeed-LLM v26.0.0 ``training_log``); nan iterations stop a run here, so their number is 0."""
+        """The peer's line (MindSpeed-LLM v26.0.0 ``training_log``); a nan iteration stops a run here, except in fp16."""
         fields = [
             f" [{(now or datetime.now()).strftime('%Y-%m-%d %H:%M:%S')}] iteration {self.iteration:8d}/{self.train_iters:8d}",
             f"consumed samples: {self.consumed_samples:12d}",
@@ -54,11 +56,11 @@ class IterationReport:
         fields += [f"{name}: {value:.6E}" for name, value in self.metrics.items()]
         if self.lm_loss is not None and self.lm_loss > 0:
             fields.append(f"lm loss: {self.lm_loss:.6E}")
-        fields.append(f"loss scale: {1.0:.1f}")
+        fields.append(f"loss scale: {self.loss_scale:.1f}")
         if self.grad_norm is not None:
             fields.append(f"grad norm: {self.grad_norm:.3f}")
         fields.append(f"number of skipped iterations: {self.skipped_iterations:3d}")
-        fields.append(f"number of nan iterations: {0:3d}")
+        fields.append(f"number of nan iterations: {self.nan_iterations:3d}")
         return " | ".join(fields) + " |"
 
     def scalars(self) -> dict[str, float]:
@@ -67,6 +69,7 @@ class IterationReport:
             "lm loss": self.lm_loss,
             "grad-norm": self.grad_norm,
             "learning-rate": self.learning_rate,
+            "loss-scale": self.loss_scale,
             "iteration-time": self.elapsed_ms / 1000,
             "data-time": self.data_ms / 1000,
             "throughput": self.teraflops,
@@ -89,7 +92,9 @@ class IterationReport:
             "data_ms": self.data_ms,
             "tokens_per_second_per_device": self.tokens_per_second,
             "teraflops_per_device": self.teraflops,
+            "loss_scale": self.loss_scale,
             "skipped_iterations": self.skipped_iterations,
+            "nan_iterations": self.nan_iterations,
             **{name.replace("/", "_"): value for name, value in self.metrics.items()},
         }
 

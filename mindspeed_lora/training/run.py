@@ -31,6 +31,7 @@ from mindspeed_lora.training.flops import flops_model
 from mindspeed_lora.training.gradients import FlatGradients
 from mindspeed_lora.training.guards import check_replicas
 from mindspeed_lora.training.loop import Machinery, Trainer
+from mindspeed_lora.training.loss_scale import build_scaler
 from mindspeed_lora.training.objective import Objective, PairLoss, RecordLoss
 from mindspeed_lora.training.optimizer import FlatAdamW
 from mindspeed_lora.training.parameters import trained_parameters
@@ -138,6 +139,7 @@ def build_machinery(plan: TrainingPlan, context: ParallelContext, stages: Sequen
         schedule=plan.schedule,
         flops=flops_model(plan.model, plan.table, plan.lora, plan.reference is not None),
         trains_lora=plan.lora is not None,
+        scaler=build_scaler(plan.config.loss_scale, plan.dtype),
     )
 
 
@@ -158,9 +160,12 @@ def _continue(plan: TrainingPlan, context: ParallelContext, parts: Machinery) ->
     load = plan.config.load
     if load.load_optim:
         restore_optimizer(plan.start.resume, parts.optimizer, plan.state.optimizer_steps, plan.table, context)
+        if parts.scaler is not None:
+            parts.scaler.restore(plan.state.loss_scale, plan.start.resume)
     else:
         plan.state.optimizer_steps = 0
-        get_logger().info("--no-load-optim: moments start at zero, masters from the loaded weights")
+        scale = "" if parts.scaler is None else f", loss scale {parts.scaler.scale:g}"
+        get_logger().info(f"--no-load-optim: moments start at zero, masters from the loaded weights{scale}")
     if load.load_rng and not restore_rng(plan.start.resume, context):
         get_logger().info("the random state was not saved for this number of processes; seeded anew (training draws no random numbers)")
 
