@@ -17,7 +17,7 @@ from mindspeed_lora.parallel.context import ParallelContext, single_process_cont
 from mindspeed_lora.parallel.on_demand import BaseStorage
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.sources import open_adapter, open_base
-from mindspeed_lora.weights.table import Row, WeightTable
+from mindspeed_lora.weights.table import Row, WeightTable, named_slices
 
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 SPEC = LoraSpec(4, 8.0, TARGETS)
@@ -69,7 +69,7 @@ def build_engine(
 @torch.no_grad()
 def fill_b(stage: GPTStage, table: WeightTable, context: ParallelContext) -> None:
     """Give each B this rank's part of a whole matrix that depends on the name only."""
-    for name, parameter in stage.named_parameters():
+    for name, parameter in named_slices(stage.named_parameters(), stage.experts):
         if ".lora_B." in name:
             row, layer = table.parse(base_name(name))
             parts = lora_b_parts(row, layer, parameter.shape[1])

@@ -48,11 +48,17 @@ def tiny_config(family: str, **overrides: Any) -> Any:
         attention_dropout=0.0,
         tie_word_embeddings=False,
     )
-    if family == "qwen3":
-        shape["head_dim"] = 16
-        return transformers.Qwen3Config(**{**shape, **overrides})
-    configs = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "mistral": transformers.MistralConfig}
-    return configs[family](**{**shape, **overrides})
+    experts: dict[str, Any] = dict(num_experts_per_tok=2, moe_intermediate_size=32)
+    name, own = {
+        "qwen3": ("Qwen3Config", {"head_dim": 16}),
+        "llama": ("LlamaConfig", {}),
+        "qwen2": ("Qwen2Config", {}),
+        "mistral": ("MistralConfig", {}),
+        "mixtral": ("MixtralConfig", dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None)),
+        "qwen2_moe": ("Qwen2MoeConfig", dict(experts, num_experts=4, shared_expert_intermediate_size=48)),
+        "qwen3_moe": ("Qwen3MoeConfig", dict(experts, num_experts=8, head_dim=16, norm_topk_prob=True, mlp_only_layers=[1])),
+    }[family]
+    return getattr(transformers, name)(**{**shape, **own, **overrides})
 
 
 def make_model(path: Path, family: str = "qwen3", dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
@@ -66,7 +72,9 @@ def make_model(path: Path, family: str = "qwen3", dtype: str = "float32", seed: 
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            elif parameter.dim() == 2:
+            elif name.endswith("gate.weight"):
+                parameter.normal_(0.0, 0.5)  # a router that decides: rounding flips no choice
+            elif parameter.dim() >= 2:
                 parameter.mul_(3.0)
     model.to(getattr(torch, dtype)).save_pretrained(path)
     return Path(path)

@@ -129,6 +129,7 @@ def run_cell(config: TrainConfig, steps: int = STEPS) -> Outcome:
     from mindspeed_lora.training.parameters import trained_parameters
     from mindspeed_lora.training.preflight import plan_training
     from mindspeed_lora.training.run import build_machinery, build_model, training_batches
+    from mindspeed_lora.weights.table import named_slices
 
     torch.manual_seed(config.runtime.seed)
     plan = plan_training(config, world_size_from_environment())
@@ -150,7 +151,10 @@ def run_cell(config: TrainConfig, steps: int = STEPS) -> Outcome:
     changes = {item.name: item.parameter.detach() - start[item.name] for item in trained}
     if context.dp_rank:
         gradients, changes = {}, {}
-    return Outcome(losses, norms, context.tp_rank, gradients, changes)
+    experts = stages[0].experts
+    return Outcome(
+        losses, norms, context.tp_rank, dict(named_slices(gradients.items(), experts)), dict(named_slices(changes.items(), experts))
+    )
 
 
 def assemble(outcomes: list[Outcome], table: Any, field: str) -> dict[str, torch.Tensor]:

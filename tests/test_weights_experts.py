@@ -12,7 +12,7 @@ import torch
 from mindspeed_lora.arguments.configs import ArchitectureFlags
 from mindspeed_lora.checkpoint.resolve import resolve_model_config
 from mindspeed_lora.errors import UsageError
-from mindspeed_lora.weights.config import ExpertShape, LatentShape, Layout, ModelConfig
+from mindspeed_lora.weights.config import ExpertShape, LatentShape, Layout, ModelConfig, Routing
 from mindspeed_lora.weights.families import model_config_from_dict
 from mindspeed_lora.weights.megatron_files import GroupRow, chunk_rows
 from mindspeed_lora.weights.placement import block_ranks, check_experts, experts_of, place_layers, stage_ranks
@@ -156,11 +156,17 @@ def test_experts_that_cannot_be_dealt_out() -> None:
         check_experts(replace(EXPERTS, family="qwen3", experts=None), Layout(expert_parallel_size=2))
 
 
-@pytest.mark.parametrize(("config", "words"), [(EXPERTS, "has experts;"), (LATENT, "has experts and latent attention;")])
-def test_running_such_a_model_is_refused_with_a_sentence(config: ModelConfig, words: str) -> None:
+@pytest.mark.parametrize(
+    ("config", "tp_size", "words"),
+    [
+        (LATENT, 1, "has latent attention; such models can be converted here, but not yet be trained"),
+        (EXPERTS, 5, "tensor parallel size 5 does not divide the model's moe_intermediate_size"),
+    ],
+)
+def test_a_model_that_cannot_run_is_refused_with_a_sentence(config: ModelConfig, tp_size: int, words: str) -> None:
     base: Any = SimpleNamespace(model_config=config, path="folder")
-    with pytest.raises(UsageError, match=f"{words} such models can be converted here, but not yet be trained"):
-        resolve_model_config(base, ArchitectureFlags())
+    with pytest.raises(UsageError, match=words):
+        resolve_model_config(base, ArchitectureFlags(), tp_size)
 
 
 def test_which_layers_are_dense() -> None:
@@ -175,6 +181,7 @@ def test_which_layers_are_dense() -> None:
         moe_intermediate_size=6,
         decoder_sparse_step=2,
         mlp_only_layers=[3],
+        num_experts_per_tok=2,
     )
     config = model_config_from_dict(qwen)
     assert config.experts is not None and config.experts.dense_layers == (0, 2, 3, 4)
@@ -192,7 +199,7 @@ def test_which_layers_are_dense() -> None:
         "num_nextn_predict_layers": 1,
     }
     lite = model_config_from_dict(deepseek)
-    assert lite.experts == ExpertShape(4, 6, 12, dense_layers=(0,)) and lite.latent == LatentShape(None, 6, 3, 2, 4)
+    assert lite.experts == ExpertShape(4, 6, 12, dense_layers=(0,), routing=Routing(2)) and lite.latent == LatentShape(None, 6, 3, 2, 4)
     table = WeightTable(lite)
     assert table.row("decoder.layers.0.self_attention.linear_qkv.weight").part_shapes == ((20, 8), (8, 8))
     assert table.is_dropped("model.layers.6.enorm.weight") and not table.is_dropped("model.layers.7.enorm.weight")

@@ -9,7 +9,7 @@ from mindspeed_lora.arguments.values import COUNT, COUNT_OR_ZERO, NUMBER, TEXT, 
 ASKING = (INFER, EVALUATE)
 T = (TRAIN,)
 LATER_CONTEXT_PARALLEL = "context parallelism comes with a later release; use 1"
-LATER_EXPERTS = "expert parallelism comes with a later release (models with experts); use 1"
+LATER_EXPERTS = "expert parallelism comes with a later release; use 1: experts are cut over tensor and pipeline ranks"
 NO_DROPOUT = "dropout makes results depend on the parallel layout and is refused; use 0"
 
 MODEL = [

@@ -6,7 +6,10 @@ from mindspeed_lora.arguments.flag import COMMANDS, CONVERT, EVALUATE, PREPROCES
 from mindspeed_lora.arguments.values import TEXT
 
 MODELS = (*RUNS, CONVERT)
-EXPERTS = "models with experts (mixture of experts) come with a later release; Qwen3 dense and Llama work"
+EXPERTS = (
+    "a model's experts are described by its config.json, and are cut over tensor and pipeline ranks; expert parallelism, token dispatchers "
+    "and auxiliary losses come with a later release: leave the flag out"
+)
 LATENT = "multi-head latent attention (DeepSeek) comes with a later release; Qwen3 dense and Llama work"
 MTP = "multi-token prediction comes with a later release; leave it out"
 FAMILY = "the families that need it (Gemma, GLM, MiniCPM, Phi and others) come with a later release; Qwen3 dense and Llama work"

@@ -14,7 +14,7 @@ from mindspeed_lora.weights.lora_blocks import adapted_entries
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.megatron_files import model_keys
 from mindspeed_lora.weights.peft_files import write_peft_adapter
-from mindspeed_lora.weights.table import WeightTable
+from mindspeed_lora.weights.table import WeightTable, named_slices
 
 _GLOBAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
@@ -23,6 +23,11 @@ class SavedStage(Protocol):
     """A model chunk (see :class:`mindspeed_lora.model.stage.GPTStage`)."""
 
     layer_range: range
+
+    @property
+    def experts(self) -> range:
+        """Global numbers of the experts in its stacks."""
+        ...
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Name -> tensor."""
@@ -38,7 +43,8 @@ def rank_models(stages: Sequence[SavedStage], lora_only: bool) -> dict[str, dict
     """``model`` (or ``model0``...) -> stage-local name -> tensor, as the peer's training saves them."""
     models = {}
     for key, stage in zip(model_keys(len(stages)), stages, strict=True):
-        tensors = {name: value for name, value in stage.state_dict().items() if not lora_only or ".lora_" in name}
+        named = named_slices(stage.state_dict().items(), stage.experts)
+        tensors = {name: value for name, value in named if not lora_only or ".lora_" in name}
         models[key] = {local_name(name, stage.layer_range.start): value for name, value in tensors.items()}
     return models
 

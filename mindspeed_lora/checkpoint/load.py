@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
 
 from mindspeed_lora.errors import CheckpointError
+from mindspeed_lora.model.stage import GPTStage
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.on_demand import BaseStorage
 from mindspeed_lora.weights.sources import Adapter, Base
-from mindspeed_lora.weights.table import WeightTable
+from mindspeed_lora.weights.table import WeightTable, named_slices
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class LoadReport:
     missing: int = 0
 
 
-def _copy(parameter: nn.Parameter, value: torch.Tensor, name: str, source: object) -> None:
+def _copy(parameter: torch.Tensor, value: torch.Tensor, name: str, source: object) -> None:
     if parameter.shape != value.shape:
         raise CheckpointError(f"{source}: {name} has shape {list(value.shape)} where the model needs {list(parameter.shape)}")
     parameter.copy_(value)
 
 
 @torch.no_grad()
-def load_base(stages: Sequence[nn.Module], base: Base, table: WeightTable, context: ParallelContext) -> LoadReport:
+def load_base(stages: Sequence[GPTStage], base: Base, table: WeightTable, context: ParallelContext) -> LoadReport:
     """Copy every base tensor of this rank, cast to the parameter's dtype.
 
     Raises:
@@ -41,7 +41,7 @@ def load_base(stages: Sequence[nn.Module], base: Base, table: WeightTable, conte
     base.check_coverage(table)
     count = 0
     for stage in stages:
-        for name, parameter in stage.named_parameters():
+        for name, parameter in named_slices(stage.named_parameters(), stage.experts):
             if ".lora_" in name:
                 continue
             row, layer = table.parse(name.replace(".base_layer", ""))
@@ -56,7 +56,7 @@ def load_base(stages: Sequence[nn.Module], base: Base, table: WeightTable, conte
 
 @torch.no_grad()
 def load_adapter(
-    stages: Sequence[nn.Module], adapter: Adapter, table: WeightTable, context: ParallelContext, adapter_name: str = "default"
+    stages: Sequence[GPTStage], adapter: Adapter, table: WeightTable, context: ParallelContext, adapter_name: str = "default"
 ) -> LoadReport:
     """Copy every LoRA tensor of this rank; ``adapter_name``: which of the stage's adapters it becomes.
 
@@ -65,7 +65,7 @@ def load_adapter(
     """
     count = 0
     for stage in stages:
-        for name, parameter in stage.named_parameters():
+        for name, parameter in named_slices(stage.named_parameters(), stage.experts):
             if ".lora_" not in name or f".{adapter_name}." not in name:
                 continue
             lora_row = table.lora_row(name.replace(f".{adapter_name}.", ".default."))

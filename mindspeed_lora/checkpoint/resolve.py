@@ -7,8 +7,9 @@ from typing import Any
 
 from mindspeed_lora.arguments.configs import ArchitectureFlags, LoraFlags
 from mindspeed_lora.errors import CheckpointError, UsageError
-from mindspeed_lora.weights.config import ModelConfig, check_can_run
+from mindspeed_lora.weights.config import Layout, ModelConfig, check_can_run
 from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.placement import check_experts
 from mindspeed_lora.weights.sources import Adapter, Base
 from mindspeed_lora.weights.table import WeightTable
 
@@ -57,6 +58,7 @@ def resolve_model_config(base: Base, flags: ArchitectureFlags, tensor_parallel_s
     """
     config = base.model_config
     check_can_run(config, str(base.path))
+    check_experts(config, Layout(tensor_parallel_size))
     _check_architecture(config, flags, f"{base.path}")
     if config.rotary_base is None:
         if flags.rotary_base is None:

@@ -30,7 +30,7 @@ from mindspeed_lora.device import rng_state, set_rng_state
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.files import write_json
 from mindspeed_lora.parallel.context import ParallelContext
-from mindspeed_lora.weights.table import Row, WeightTable
+from mindspeed_lora.weights.table import Row, WeightTable, is_stack
 
 RESUME_FOLDER = "resume"
 STATE_FILE = "trainer_state.json"
@@ -120,11 +120,13 @@ class _Exchange:
         """``shard`` (CPU, fp32) as a view, wrapped where it is cut over more than one rank."""
         row = table_row(self.table, name)
         axis, parts = row.axis, len(row.part_shapes)
+        outer = shard.shape[:1] if is_stack(name) else ()  # experts
         if row.unit == "rank" and parts > 1:
-            shard, axis = shard.view(parts, shard.shape[0] // parts, *shard.shape[1:]), 1 if row.axis == 0 else None
+            size, *inner = shard.shape[len(outer) :]
+            shard, axis = shard.view(*outer, parts, size // parts, *inner), 1 if row.axis == 0 else None
         if axis is None or self.mesh is None:
             return shard
-        return DTensor.from_local(shard, self.mesh, [Shard(axis)], run_check=False)
+        return DTensor.from_local(shard, self.mesh, [Shard(axis + len(outer))], run_check=False)
 
 
 def write_resume(

@@ -21,7 +21,7 @@ from mindspeed_lora.log import get_logger
 from mindspeed_lora.manifest import Manifest, part_of, write_manifest
 from mindspeed_lora.weights.families import check_model_type, model_config_from_hf
 from mindspeed_lora.weights.lora_blocks import adapted_entries
-from mindspeed_lora.weights.peft_files import write_peft_adapter
+from mindspeed_lora.weights.peft_files import peft_gap, write_peft_adapter
 from mindspeed_lora.weights.sources import open_adapter, open_base
 from mindspeed_lora.weights.table import WeightTable
 
@@ -142,4 +142,6 @@ def export_adapter(config: ConvertConfig) -> int:
             ),
         )
     get_logger().info("wrote %s: PEFT adapter, %s; %d modules (config from %s)", target, lora.describe(), len(tensors), flag)
+    if gap := peft_gap(table, lora.targets):
+        get_logger().warning(gap)
     return 0

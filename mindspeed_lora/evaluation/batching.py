@@ -52,7 +52,7 @@ def measure_room(config: ModelConfig, num_layers: int, context: ParallelContext,
     t, size = context.tp_size, torch.tensor([], dtype=dtype).element_size()
     keys = config.num_query_groups * config.kv_channels
     heads = config.num_attention_heads * config.kv_channels
-    token = 6 * config.hidden_size + (2 * (heads + 2 * keys) + 4 * config.ffn_hidden_size) / t
+    token = 6 * config.hidden_size + (2 * (heads + 2 * keys) + 4 * config.ffn_per_token) / t
     cached = 2 * keys / t * size
     return Room(
         free=SHARE * free_memory_bytes(context.device) / (ranks_here if context.device.type == "cpu" else 1),

@@ -11,17 +11,19 @@ import torch
 from torch import nn
 
 from mindspeed_lora.errors import UsageError
+from mindspeed_lora.model.stage import GPTStage
 from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.parallel.grouped import GroupedLinear
 from mindspeed_lora.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from mindspeed_lora.weights.lora_blocks import block_masks, column_scales
 from mindspeed_lora.weights.lora_spec import LoraSpec, ModuleLora
-from mindspeed_lora.weights.table import WeightTable
+from mindspeed_lora.weights.table import WeightTable, named_slices
 
 ADAPTER_NAME = "default"
 
 
 def inject_lora(
-    stage: nn.Module,
+    stage: GPTStage,
     table: WeightTable,
     spec: LoraSpec,
     context: ParallelContext,
@@ -48,8 +50,13 @@ def inject_lora(
     linears = [
         name.removesuffix(".base_layer")
         for name, module in stage.named_modules()
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear))
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear, GroupedLinear))
     ]
+    if any(".local_experts." in name for name in spec.modules):
+        raise UsageError(
+            "the adapter has ranks or matrices of its own for each expert; it can be merged (convert_ckpt.py --lora-load), "
+            "not yet trained or run beside its base"
+        )
     present = {name.rpartition(".")[2] for name in linears} - {"output_layer"}
     unmatched = [target for target in spec.targets if target not in present]
     if unmatched:
@@ -75,6 +82,7 @@ def _inject(stage: nn.Module, spec: LoraSpec, adapted: Mapping[str, ModuleLora],
     """Let peft wrap the named linears; scales are set afterwards."""
     from peft import LoraConfig, inject_adapter_in_model
 
+    from mindspeed_lora.lora.experts import GroupedLoraLinear
     from mindspeed_lora.lora.layers import ParallelLoraLinear
 
     config = LoraConfig(
@@ -85,7 +93,9 @@ def _inject(stage: nn.Module, spec: LoraSpec, adapted: Mapping[str, ModuleLora],
         lora_dropout=0.0,
         bias="none",
     )
-    config._register_custom_module({ColumnParallelLinear: ParallelLoraLinear, RowParallelLinear: ParallelLoraLinear})
+    config._register_custom_module(
+        {ColumnParallelLinear: ParallelLoraLinear, RowParallelLinear: ParallelLoraLinear, GroupedLinear: GroupedLoraLinear}
+    )
     inject_adapter_in_model(config, stage, adapter_name)
 
 
@@ -109,9 +119,9 @@ def select_adapter(stage: nn.Module, name: str | None) -> None:
 
 
 @torch.no_grad()
-def initialize_lora(stage: nn.Module, table: WeightTable, context: ParallelContext, seed: int) -> None:
+def initialize_lora(stage: GPTStage, table: WeightTable, context: ParallelContext, seed: int) -> None:
     """Fill A with this rank's part of the whole matrix that (seed, name) defines; B stays zero."""
-    for name, parameter in stage.named_parameters():
+    for name, parameter in named_slices(stage.named_parameters(), stage.experts):
         if ".lora_A." not in name:
             continue
         row = table.lora_row(name)

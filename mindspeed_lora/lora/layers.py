@@ -77,19 +77,22 @@ class ParallelLoraLinear(nn.Module, LoraLayer):
         scale, mask = getattr(self, f"{name}_scale", None), getattr(self, f"{name}_mask", None)
         return a, b if mask is None else KeepBlocks.apply(b, mask), self.scaling[name] if scale is None else scale
 
+    def _in_use(self) -> tuple[torch.Tensor, torch.Tensor, Scale] | None:
+        """A, B and scale of this pass; None: the base alone, as adapters are disabled or the one in use leaves this layer alone."""
+        if self.disable_adapters or not self.active_adapters:
+            return None
+        (name,) = self.active_adapters
+        if name not in self.lora_A or (self.is_reference and self.reference is None):
+            return None
+        a, b, scale = self._adapter(name)
+        return (*self.reference, scale) if self.is_reference and self.reference is not None else (a, b, scale)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As the base layer's, plus the active adapter's part (none while adapters are disabled)."""
-        base = self.get_base_layer()
-        if self.disable_adapters or not self.active_adapters:
+        base, used = self.get_base_layer(), self._in_use()
+        if used is None:
             return base(x)
-        (name,) = self.active_adapters
-        if name not in self.lora_A:  # this adapter leaves the layer alone
-            return base(x)
-        a, b, scale = self._adapter(name)
-        if self.is_reference:
-            if self.reference is None:
-                return base(x)
-            a, b = self.reference
+        a, b, scale = used
         if isinstance(base, ColumnParallelLinear):
             if self.fusion:
                 return ColumnLora.apply(x, base.weight, base.bias, a, b, scale, base.context)

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mindspeed_lora import ops
 from mindspeed_lora.model.decode import Attend, DecodeState, PackedDocuments
+from mindspeed_lora.model.experts import MixtureOfExperts
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from mindspeed_lora.weights.config import ModelConfig
@@ -140,10 +141,11 @@ class TransformerLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config, context, dtype)
         self.self_attention = SelfAttention(config, layer, context, dtype, recompute_core)
         self.pre_mlp_layernorm = RMSNorm(config.hidden_size, config, context, dtype)
-        self.mlp = MLP(config, context, dtype)
+        self.mlp = (MixtureOfExperts if config.has_experts(layer) else MLP)(config, context, dtype)
 
     def linear_weights(self) -> list[nn.Parameter]:
         """The weights of the four linears, which make up nearly all of a layer."""
+        assert isinstance(self.mlp, MLP)
         return [
             linear.weight
             for linear in (self.self_attention.linear_qkv, self.self_attention.linear_proj, self.mlp.linear_fc1, self.mlp.linear_fc2)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mindspeed_lora import ops
 from mindspeed_lora.arguments.configs import RecomputeFlags
+from mindspeed_lora.errors import UsageError
 from mindspeed_lora.model.decode import Attend, DecodeState, PackedDocuments
 from mindspeed_lora.model.layers import RMSNorm, RotaryTables, TransformerLayer
 from mindspeed_lora.model.rotary import inverse_frequencies, rotary_tables
@@ -52,6 +53,8 @@ class Decoder(nn.Module):
         storage: BaseStorage | None,
     ) -> None:
         super().__init__()
+        if storage is not None and config.experts is not None:
+            raise UsageError("--fsdp-base and --qlora hold the linears of dense layers; leave them out for a model with experts")
         core = recompute.granularity == "selective"
         self.layers = nn.ModuleDict()
         for number in layers:
@@ -113,6 +116,11 @@ class GPTStage(nn.Module):
         if is_last and not (is_first and config.tied_embeddings):
             self.output_layer = ColumnParallelLinear(config.hidden_size, config.padded_vocab_size, context, dtype=dtype)
         self.inverse_frequencies = inverse_frequencies(config).to(context.device)
+
+    @property
+    def experts(self) -> range:
+        """Global numbers of the routed experts whose weights lie here, in the order of their stacks; empty for a dense model."""
+        return range(self.config.experts.count if self.config.experts else 0)
 
     @property
     def head_weight(self) -> torch.Tensor:

@@ -78,7 +78,7 @@ class BaseStorage:
         """Hold ``weights`` of ``layer`` on demand from here on."""
         self.layers.append(OnDemandLayer(self, len(self.layers), layer, weights))
 
-    def holder(self, weight: nn.Parameter) -> OnDemandLayer | None:
+    def holder(self, weight: torch.Tensor) -> OnDemandLayer | None:
         """The layer that holds this parameter on demand."""
         return next((layer for layer in self.layers if any(own is weight for own in layer.weights)), None)
 
@@ -127,7 +127,7 @@ class OnDemandLayer:
         layer.register_forward_hook(self._after_forward)
 
     @torch.no_grad()
-    def load(self, weight: nn.Parameter, rows: Rows) -> None:
+    def load(self, weight: torch.Tensor, rows: Rows) -> None:
         """Take this rank's part of one weight ``[out, in]``; only the rows that hold it are asked for."""
         offset = self.offsets[next(number for number, own in enumerate(self.weights) if own is weight)]
         first, last = max(self.start, offset), min(self.stop, offset + weight.numel())

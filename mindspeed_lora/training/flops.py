@@ -1,9 +1,9 @@
 """Model FLOPs by one formula, and the peak rates of devices we know.
 
 Per trained token: 2 per matmul parameter forward, 2 for the activation gradient, 2 for the weight gradient where the
-parameter is trained. The head counts as a matmul, the embedding look-up does not. Causal attention of a sample of length
-s: ``2 s^2 n d`` forward (scores and values, half of the square), twice that backward; n heads of size d. Recomputation
-does not count.
+parameter is trained; of a routed expert, times the share of tokens that pass through it. The head counts as a matmul, the
+embedding look-up does not. Causal attention of a sample of length s: ``2 s^2 n d`` forward (scores and values, half of the
+square), twice that backward; n heads of size d. Recomputation does not count.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mindspeed_lora.weights.config import ModelConfig
 from mindspeed_lora.weights.lora_blocks import adapted_entries, trained_elements
 from mindspeed_lora.weights.lora_spec import LoraSpec
-from mindspeed_lora.weights.table import WeightTable
+from mindspeed_lora.weights.table import Row, WeightTable
 
 # Dense bf16 FLOP/s of the vendor's data sheet, by a part of the device's name; others get no utilisation figure.
 PEAK_FLOPS = {"910B3": 313e12, "910B2": 376e12, "910B4": 280e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -40,13 +40,14 @@ class FlopsModel:
 
 def flops_model(config: ModelConfig, table: WeightTable, lora: LoraSpec | None, reference: bool = False) -> FlopsModel:
     """The formula for one model; with ``lora`` the base has no weight gradients, with ``reference`` it runs forward once more."""
-    frozen, trained = 0, 0
+    frozen, trained = 0.0, 0.0
     for row, _ in table.entries():
         matmul = len(row.part_shapes[0]) == 2 and row.place != "embedding"
-        size = sum(shape[0] * shape[1] for shape in row.part_shapes) if matmul else 0
+        size = _share(config, row) * sum(shape[0] * shape[1] for shape in row.part_shapes) if matmul else 0.0
         frozen += size if lora else 0
         trained += 0 if lora else size
-    trained += sum(trained_elements(row, module) for row, _, module in adapted_entries(table, lora)) if lora else 0
+    if lora:
+        trained += sum(_share(config, row) * trained_elements(row, module) for row, _, module in adapted_entries(table, lora))
     if config.tied_embeddings:
         head = config.vocab_size * config.hidden_size
         frozen, trained = (frozen + head, trained) if lora else (frozen, trained + head)
@@ -55,6 +56,11 @@ def flops_model(config: ModelConfig, table: WeightTable, lora: LoraSpec | None, 
     if reference:
         per_token, attention = per_token + 2.0 * (frozen if lora else trained), attention * 4 / 3
     return FlopsModel(per_token, attention)
+
+
+def _share(config: ModelConfig, row: Row) -> float:
+    """Part of the tokens that pass through a tensor: of a routed expert's, those that choose it on average."""
+    return 1.0 if row.expert is None or config.experts is None else config.experts.routing.top_k / config.experts.count
 
 
 def peak_flops(device_name: str) -> float | None:

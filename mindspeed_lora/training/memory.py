@@ -103,7 +103,7 @@ def layer_bytes_per_token(sizes: RunSizes) -> float:
     total += product * (queries + keys + (keys if separate else 0)) / tp  # rotated query and key, and a widened value
     total += (product * queries + 4 * heads) / tp  # attention's output and log-sum-exp
     total += width * queries / tp if separate else 0  # its output, narrowed again for linear_proj
-    total += 3 * width * model.ffn_hidden_size / tp  # [gate | up], and their product for linear_fc2
+    total += 3 * width * model.ffn_per_token / tp  # [gate | up], and their product for linear_fc2
     return total
 
 
@@ -139,7 +139,7 @@ def _loss_head(sizes: RunSizes) -> float:
 
 def _layer_backward(sizes: RunSizes, counts: StageParameters) -> float:
     """Gradients inside the MLP: of the product, of [gate | up] and, widened, once more; and a trained weight's before it is added."""
-    width, ffn = sizes.parameter_bytes, sizes.model.ffn_hidden_size / sizes.tp_size
+    width, ffn = sizes.parameter_bytes, sizes.model.ffn_per_token / sizes.tp_size
     gradients = sizes.micro_batch_tokens * ffn * (3 * width + (2 * 4 if sizes.widened else 0))
     return gradients + (0 if sizes.lora else counts.largest * sizes.parameter_bytes)
 

@@ -117,6 +117,8 @@ def plan_model(config: TrainConfig, world_size: int, start: StartPoint | None = 
     table.check_pipeline(parallel.pipeline_parallel_size, parallel.layers_per_virtual_stage)
     notes = list(start.notes)
     lora = _resolve_lora(config, start, table)
+    if model.experts is not None and lora is None:
+        notes.append("no auxiliary loss balances the experts: --moe-aux-loss-coeff comes with a later release")
     _check_base_storage(config, lora, dp_size, notes)
     return ModelPlan(
         config=config,

@@ -114,12 +114,13 @@ class StageParameters:
 
 
 def stage_parameters(sizes: RunSizes, pp_rank: int) -> StageParameters:
-    """Counts of every rank of stage ``pp_rank``, from the weight table (dense models: every layer is alike)."""
+    """Counts of every rank of stage ``pp_rank``, from the weight table; where layers differ, a layer has their average."""
     table, lora = WeightTable(sizes.model), sizes.lora
     is_first, is_last = pp_rank == 0, pp_rank == sizes.pp_size - 1
 
     def local(row: Row, r: int | None = None) -> int:
-        return math.prod(table.local_shape(row, sizes.tp_size, r))
+        in_layers = 1.0 if row.layers is None else len(row.layers) / sizes.model.num_layers
+        return round(in_layers * math.prod(table.local_shape(row, sizes.tp_size, r)))
 
     places = {"embedding": is_first, "head": is_last, "layer": True}
     present = [row for row in table.rows if places[row.place] and not (row.alias_of and is_first)]

@@ -10,6 +10,23 @@ from mindspeed_lora.errors import UsageError
 
 
 @dataclass(frozen=True)
+class Routing:
+    """How a token's experts are chosen and weighted; scores come from the router's logits in fp32.
+
+    ``groups`` > 1: only the experts of the ``top_groups`` best groups compete, a group counting as its best score ("max") or as the
+    sum of its two best ("top2").
+    """
+
+    top_k: int  # num_experts_per_tok
+    normalize: bool = False  # norm_topk_prob: the chosen weights of a token sum to one
+    score: str = "softmax"  # | "sigmoid"
+    scale: float = 1.0  # routed_scaling_factor
+    groups: int = 1  # n_group
+    top_groups: int = 1  # topk_group
+    group_score: str = "max"  # | "top2"
+
+
+@dataclass(frozen=True)
 class ExpertShape:
     """The mixture of experts in a model's MLPs; every layer has one except ``dense_layers``."""
 
@@ -19,6 +36,7 @@ class ExpertShape:
     shared_gate: bool = False  # a gate scales the shared expert
     router_bias: bool = False  # e_score_correction_bias
     dense_layers: tuple[int, ...] = ()
+    routing: Routing = Routing(top_k=1)
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,14 @@ class ModelConfig:
     latent: LatentShape | None = None
     left_out_layers: int = 0  # multi-token-prediction layers that follow the model's own in the files, and are not converted
 
+    @property
+    def ffn_per_token(self) -> int:
+        """MLP width that one token passes through, in the widest layer."""
+        if self.experts is None:
+            return self.ffn_hidden_size
+        mixture = self.experts.routing.top_k * self.experts.ffn_hidden_size + self.experts.shared_ffn_hidden_size
+        return max(mixture, self.ffn_hidden_size if self.experts.dense_layers else 0)
+
     def has_experts(self, layer: int) -> bool:
         """Whether the MLP of a layer is a mixture of experts."""
         return self.experts is not None and layer not in self.experts.dense_layers
@@ -88,13 +114,12 @@ def check_can_run(config: ModelConfig, source: str) -> None:
     """Whether the model can be trained and asked here, not only converted.
 
     Raises:
-        UsageError: it has experts or latent attention.
+        UsageError: it has latent attention.
     """
-    kinds = [word for word, has in (("experts", config.experts), ("latent attention", config.latent)) if has]
-    if kinds:
+    if config.latent:
         raise UsageError(
-            f"--load {source}: a {config.family} model has {' and '.join(kinds)}; such models can be converted here, "
-            "but not yet be trained, asked or scored: load a dense model (Qwen3, Qwen2, Llama or Mistral)"
+            f"--load {source}: a {config.family} model has latent attention; such models can be converted here, "
+            "but not yet be trained, asked or scored: load a model of another family (Qwen3, Qwen2, Llama, Mistral, Mixtral, Qwen-MoE)"
         )
 
 

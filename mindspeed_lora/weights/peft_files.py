@@ -16,6 +16,16 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_FILE_NAME = "adapter_model.safetensors"
 
 
+def peft_gap(table: WeightTable, targets: Collection[str]) -> str | None:
+    """What peft over transformers 5 leaves out of an adapter when it loads it; None: nothing (seen with peft 0.21)."""
+    if not any(row.module in targets and row.expert is None and ".mlp." in row.megatron for row in table.rows if table.config.experts):
+        return None
+    return (
+        "peft over transformers 5 loads the experts' matrices of a PEFT adapter of this model, but leaves out those of MLPs beside them "
+        "(shared expert, dense layers) without a word; serve the merged model there (convert_ckpt.py --lora-load)"
+    )
+
+
 def write_peft_adapter(
     folder: Path, table: WeightTable, lora: LoraSpec, tensors: Mapping[tuple[Row, int | None], LoraParts], base_path: str | Path
 ) -> None:

@@ -171,7 +171,8 @@ _MIXTRAL_EXPERT = _HF + "block_sparse_moe.experts.{expert}."
 
 
 def _router(megatron: str, hf: str, dims: str, when: Callable[[ModelConfig], bool]) -> RowSpec:
-    return RowSpec(_LAYER + megatron, (_HF + hf,), (dims,), grad_sum="sp", when=when, layers="experts")
+    """Every rank routes all tokens, but weighs its own share of the experts' output: the gradient is partial over TP."""
+    return RowSpec(_LAYER + megatron, (_HF + hf,), (dims,), grad_sum="always", when=when, layers="experts")
 
 
 _EXPERT_ROWS = (

@@ -11,7 +11,7 @@ One operation serves weights ``[out, in]``, biases ``[out]`` and LoRA B ``[out, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from mindspeed_lora.weights.rows import DROPPED, ROWS, RowSpec, sizes
 LORA_RANK = -1  # stands for r in the part shapes of adapter rows
 _LAYER_NUMBER = re.compile(r"^(decoder\.layers\.)(\d+)(\..*)$")
 _HF_LAYER_NUMBER = re.compile(r"^(model\.layers\.)(\d+)(\..*)$")
+_STACK = ".mlp.experts.linear_"  # in the name of a parameter that holds a linear of several experts, [experts, ...]
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def adapter_rows(base: Row) -> tuple[LoraRow, LoraRow]:
     def peft_names(matrix: str) -> tuple[str, ...]:
         return tuple(f"base_model.model.{name.removesuffix('weight')}lora_{matrix}.weight" for name in base.hf)
 
+    inside = base.expert is not None or ".shared_experts." in base.megatron  # of a mixture, which is summed over TP as a whole
+
     a_row = LoraRow(
         f"{stem}lora_A.default.weight",
         peft_names("A"),
@@ -147,7 +150,7 @@ def adapter_rows(base: Row) -> tuple[LoraRow, LoraRow]:
         0 if column else None,
         base.unit,
         base.place,
-        "never" if column else "sp",
+        "never" if column else "always" if inside else "sp",
         base.module,
         groups=base.groups,
         layers=base.layers,
@@ -227,12 +230,12 @@ class WeightTable:
         self._lora = {adapter.megatron: adapter for row in present if row.module for adapter in adapter_rows(row)}
 
     def parse(self, name: str) -> tuple[Row, int | None]:
-        """Row and global layer of a Megatron name, plain or with LoRA's ``base_layer``.
+        """Row and global layer of a Megatron name, plain or with LoRA's ``base_layer``; of a stack of experts, the first one's.
 
         Raises:
             CheckpointError: the model has no such tensor.
         """
-        template, layer = _split_layer(name.replace(".base_layer.", "."), _LAYER_NUMBER)
+        template, layer = _split_layer(unstacked_name(name.replace(".base_layer.", "."), 0), _LAYER_NUMBER)
         row = self._by_name.get(template)
         if row is None or (layer is not None and layer >= self.config.num_layers) or not row.exists(layer):
             raise CheckpointError(f"{name}: a {self.config.family} model of {self.config.num_layers} layers has no tensor of this name")
@@ -243,8 +246,8 @@ class WeightTable:
         return self.parse(name)[0]
 
     def parse_lora(self, name: str) -> tuple[LoraRow, int | None]:
-        """Adapter row and global layer of a name such as ``...linear_fc1.lora_A.default.weight``; Raises as :meth:`parse`."""
-        template, layer = _split_layer(name, _LAYER_NUMBER)
+        """Adapter row and global layer of a name such as ``...linear_fc1.lora_A.default.weight``; otherwise as :meth:`parse`."""
+        template, layer = _split_layer(unstacked_name(name, 0), _LAYER_NUMBER)
         row = self._lora.get(template)
         if row is None or (layer is not None and layer >= self.config.num_layers) or not row.exists(layer):
             raise CheckpointError(
@@ -417,3 +420,22 @@ def _split_layer(name: str, pattern: re.Pattern[str]) -> tuple[str, int | None]:
 def split_hf_layer(name: str) -> tuple[str, int | None]:
     """``model.layers.3.x`` -> (``model.layers.{layer}.x``, 3)."""
     return _split_layer(name, _HF_LAYER_NUMBER)
+
+
+def is_stack(name: str) -> bool:
+    """Whether a parameter holds one linear of several experts."""
+    return _STACK in name
+
+
+def unstacked_name(name: str, expert: int) -> str:
+    """``...mlp.experts.linear_fc1.weight`` -> ``...mlp.experts.local_experts.3.linear_fc1.weight``; other names stay."""
+    return name.replace(_STACK, f".mlp.experts.local_experts.{expert}.linear_")
+
+
+def named_slices(named: Iterable[tuple[str, torch.Tensor]], experts: range) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors under the table's names: a stack ``[len(experts), ...]`` gives one view per expert, by its global number."""
+    for name, tensor in named:
+        if is_stack(name):
+            yield from ((unstacked_name(name, expert), tensor[local]) for local, expert in enumerate(experts))
+        else:
+            yield name, tensor
