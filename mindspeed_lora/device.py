@@ -13,6 +13,7 @@ import resource
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -88,6 +89,14 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device's queued work."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
+
+
+def make_profiler(device: torch.device, record_shapes: bool, with_memory: bool, with_stack: bool) -> Any:
+    """A profiler of host and device, not started: torch's, on an NPU torch_npu's; ``start``, ``stop``, ``export_chrome_trace``."""
+    module = load_torch_npu().profiler if device.type == "npu" else torch.profiler
+    kinds = ["CPU"] if device.type == "cpu" else ["CPU", device.type.upper()]
+    activities = [getattr(module.ProfilerActivity, kind) for kind in kinds]
+    return module.profile(activities=activities, record_shapes=record_shapes, profile_memory=with_memory, with_stack=with_stack)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

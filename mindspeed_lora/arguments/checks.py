@@ -147,6 +147,9 @@ def _check_training(values: Values, sources: Sources) -> list[str]:
     for path in ("dry_run_machine", "dry_run_devices"):
         if path in values and not values.get("dry_run"):
             raise UsageError(f"{sources[path]} {values[path]} needs --dry-run; a real run uses the devices it finds")
+    for path in values:
+        if path.startswith("profile.") and not values.get("profile"):
+            raise UsageError(f"{sources[path]} needs --profile; without it no trace is written")
     _check_recompute(values)
     if values.get("data.neat_pack") and not values.get("data.reset_attention_mask"):
         raise UsageError("--neat-pack numbers the records of a pack for --reset-attention-mask; add --reset-attention-mask")

@@ -188,6 +188,19 @@ class PreferenceFlags:
 
 
 @dataclass(frozen=True)
+class ProfileFlags:
+    """A trace of some training steps (``--profile``)."""
+
+    step_start: int = 10  # iterations before the first traced one
+    step_end: int = 12  # last traced iteration; -1: the run's last
+    ranks: tuple[int, ...] = (0,)  # -1: all
+    save_path: Path | None = None  # None: <save>/profile, without --save ./profile_dir
+    record_shapes: bool = False
+    with_memory: bool = False
+    with_stack: bool = False
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """``posttrain_gpt.py``."""
 
@@ -215,6 +228,7 @@ class TrainConfig:
     log_interval: int = 1
     log_throughput: bool = False
     pipeline_buffer_fraction: float = 0.05  # of device memory, for receive buffers
+    profile: ProfileFlags | None = None
     dry_run: bool = False  # say what memory and time it needs; touch no device, read no data, write nothing
     dry_run_machine: str | None = None  # of training/machines.py
     dry_run_devices: int | None = None  # None: torchrun's processes, else the machine's devices, else TP x PP

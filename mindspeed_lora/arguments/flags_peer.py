@@ -168,6 +168,10 @@ TRAINING = [
         RUNS,
         "nothing is moved to the host; where memory is short: --recompute-granularity full",
     ),
+    *accepted("use-pytorch-profiler", T, "--profile takes torch's profiler, on an NPU torch_npu's"),
+    *accepted("profile-with-cpu profile-data-simplification", T, "a trace always has the host's part, and is one file"),
+    *accepted("profile-export-type", T, "a trace is a JSON file", TEXT, only=("text",), otherwise="a database is not written; use text"),
+    *accepted("profile-level", T, "a trace has operators, kernels and collectives, no hardware counters", TEXT),
     *accepted("manual-gc", T, "Python's collector runs as usual"),
     *accepted("manual-gc-interval", T, "Python's collector runs as usual", COUNT_OR_ZERO),
     *accepted(

@@ -17,6 +17,7 @@ from mindspeed_lora.arguments.values import (
     SHARE,
     SPLIT,
     TEXT,
+    WHOLE,
 )
 
 T = (TRAIN,)
@@ -360,6 +361,33 @@ SAVING = [
     active("--log-throughput", T, "saving and logging", "add tokens/s and TFLOP/s to the printed line", None, "log_throughput"),
 ]
 
+PROFILE = [
+    active(
+        "--profile",
+        T,
+        "saving and logging",
+        "write a trace of some steps (Chrome's JSON, for ui.perfetto.dev), with operators, collectives and the parts of the step",
+        None,
+        "profile",
+        default_text="off",
+    ),
+    active("--profile-step-start", T, "saving and logging", "trace the iterations after this one", COUNT_OR_ZERO, "profile.step_start"),
+    active("--profile-step-end", T, "saving and logging", "last traced iteration; -1: the run's last", WHOLE, "profile.step_end"),
+    active("--profile-ranks", T, "saving and logging", "ranks that write a trace; -1: all", WHOLE, "profile.ranks", many=True),
+    active(
+        "--profile-save-path",
+        T,
+        "saving and logging",
+        "folder of the traces",
+        PATH,
+        "profile.save_path",
+        default_text="profile under --save, else ./profile_dir",
+    ),
+    active("--profile-record-shapes", T, "saving and logging", "with the operators' shapes", None, "profile.record_shapes"),
+    active("--profile-with-memory", T, "saving and logging", "with the memory that operators take", None, "profile.with_memory"),
+    active("--profile-with-stack", T, "saving and logging", "with Python's stack of each operator", None, "profile.with_stack"),
+]
+
 MEMORY = [
     active(
         "--recompute-granularity",
@@ -431,4 +459,4 @@ DRY_RUN = [
     ),
 ]
 
-FLAGS: list[Flag] = [*RESUMING, *DATA, *PREFERENCE, *BATCH, *OPTIMIZER, *EVALUATION, *SAVING, *MEMORY, *DRY_RUN]
+FLAGS: list[Flag] = [*RESUMING, *DATA, *PREFERENCE, *BATCH, *OPTIMIZER, *EVALUATION, *SAVING, *PROFILE, *MEMORY, *DRY_RUN]

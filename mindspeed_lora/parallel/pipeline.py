@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.profiler import record_function
 
 from mindspeed_lora.device import total_memory_bytes
 from mindspeed_lora.parallel.collectives import all_reduce, receive, send
@@ -164,8 +165,10 @@ class PipelineRunner:
         for number, start in enumerate(range(0, ids.shape[0], micro_batch_size)):
             rows = slice(start, start + micro_batch_size)
             used = ids.shape[1] if columns is None else columns[number]
-            output = self.stages[0](ids[rows, :used], **_take(inputs, rows, used))
-            self._scaled_loss(output, targets[rows]).backward()
+            with record_function("forward"):
+                output = self.stages[0](ids[rows, :used], **_take(inputs, rows, used))
+            with record_function("backward"):
+                self._scaled_loss(output, targets[rows]).backward()
             losses.append(output.detach())
         return torch.cat(losses)
 

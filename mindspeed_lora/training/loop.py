@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch.profiler import record_function
 
 from mindspeed_lora.arguments.configs import TrainConfig
 from mindspeed_lora.checkpoint.resume import TrainerState
@@ -23,6 +24,7 @@ from mindspeed_lora.training.guards import check_finite, check_lora_gradients
 from mindspeed_lora.training.loss_scale import LossScaler
 from mindspeed_lora.training.objective import Objective
 from mindspeed_lora.training.optimizer import FlatAdamW
+from mindspeed_lora.training.profiling import StepTrace
 from mindspeed_lora.training.report import IterationReport, Recorder, validation_line
 from mindspeed_lora.training.schedule import LearningRateSchedule
 
@@ -83,7 +85,7 @@ class Machinery:
 class Trainer:
     """Runs from ``state.iteration`` to ``config.train_iters``.
 
-    ``save``: called with the state's iteration; collective, may raise. ``recorder``: on rank 0 only.
+    ``save``: called with the state's iteration; collective, may raise. ``recorder``: on rank 0 only. ``trace``: on ranks that make one.
     """
 
     def __init__(
@@ -96,10 +98,11 @@ class Trainer:
         global_batch_size: int,
         save: Callable[[], None] | None,
         recorder: Recorder | None,
+        trace: StepTrace | None = None,
     ) -> None:
         self.config, self.context, self.parts, self.state = config, context, parts, state
         self.validation, self.global_batch_size = validation, global_batch_size
-        self.save, self.recorder = save, recorder
+        self.save, self.recorder, self.trace = save, recorder, trace
         self.totals = Totals()
         self._record_scale()
         self._lora_checked = not parts.trains_lora
@@ -108,6 +111,8 @@ class Trainer:
 
     def run(self, batches: Iterator[StepBatch]) -> None:
         """All remaining iterations, then the last evaluation and save."""
+        if self.trace is not None:
+            self.trace.before(self.state.iteration)
         interval = Interval()
         while self.state.iteration < self.config.train_iters:
             waiting = time.perf_counter()
@@ -125,13 +130,17 @@ class Trainer:
             self._save()
 
     def _between_steps(self, interval: Interval) -> None:
-        """Evaluate and save where it is time; neither counts as training time."""
+        """End a trace, evaluate, save and begin a trace where it is time; nothing of it counts as training time."""
         started = time.perf_counter()
+        if self.trace is not None:
+            self.trace.after(self.state.iteration)
         iteration, every = self.state.iteration, self.config.save.save_interval
         if self.config.eval_interval and iteration % self.config.eval_interval == 0 and self.config.eval_iters > 0:
             self._evaluate()
         if self.save is not None and every and iteration % every == 0 and self._saved_at != iteration:
             self._save()
+        if self.trace is not None:
+            self.trace.before(iteration)
         interval.started += time.perf_counter() - started
 
     def _save(self) -> None:
@@ -155,18 +164,21 @@ class Trainer:
         parts.gradients.zero()
         if parts.scaler is not None:
             parts.runner.loss_scale = parts.scaler.scale
-        loss, *metrics = self._means(batch, training=True)
+        with record_function("forward and backward"):
+            loss, *metrics = self._means(batch, training=True)
         if not self._lora_checked and loss > 0:
             check_lora_gradients(parts.gradients, self.context)
             self._lora_checked = True
-        parts.gradients.reduce()
+        with record_function("reduce gradients"):
+            parts.gradients.reduce()
         if parts.scaler is not None and self._overflowed(parts.scaler, loss, batch):
             self.state.skipped_iterations += 1
             return StepResult(loss, None, overflow=True)
         norm = parts.gradients.norm()
         check_finite(loss, norm, self.state.iteration, batch.sample_ids)
-        parts.gradients.clip(norm, self.config.optimizer.clip_grad)
-        parts.optimizer.step(parts.schedule.at(self.state.schedule_samples))
+        with record_function("optimizer"):
+            parts.gradients.clip(norm, self.config.optimizer.clip_grad)
+            parts.optimizer.step(parts.schedule.at(self.state.schedule_samples))
         self.state.schedule_samples += self.global_batch_size
         self.state.optimizer_steps += 1
         return StepResult(loss, norm, dict(zip(parts.objective.metrics, metrics, strict=True)))

@@ -23,6 +23,7 @@ from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.ops.nf4 import check_nf4
 from mindspeed_lora.parallel.context import data_parallel_size
 from mindspeed_lora.training.documents import document_rule
+from mindspeed_lora.training.profiling import check_profile
 from mindspeed_lora.training.schedule import LearningRateSchedule, build_schedule
 from mindspeed_lora.training.sizes import RunSizes
 from mindspeed_lora.weights.config import Layout, ModelConfig
@@ -146,6 +147,7 @@ def plan_training(config: TrainConfig, world_size: int) -> TrainingPlan:
     plan = plan_model(config, world_size)
     dataset, splits, tokenizer = _open_data(config, plan.start, plan.model, plan.notes)
     state = _continued_state(config, plan.start, _origin(config, dataset, plan.schedule), plan.notes)
+    check_profile(config, state.iteration, world_size)
     return TrainingPlan(
         **vars(plan),
         dataset=dataset,

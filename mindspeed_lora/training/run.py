@@ -37,6 +37,7 @@ from mindspeed_lora.training.optimizer import FlatAdamW
 from mindspeed_lora.training.parameters import trained_parameters
 from mindspeed_lora.training.preference import PreferenceLoss
 from mindspeed_lora.training.preflight import TrainingPlan, plan_training
+from mindspeed_lora.training.profiling import step_trace
 from mindspeed_lora.training.reference import build_reference
 from mindspeed_lora.training.report import Recorder, tensorboard_installed
 from mindspeed_lora.training.starting import report_start
@@ -248,6 +249,7 @@ def _trainer(
         plan.global_batch_size,
         save if target is not None else None,
         recorder,
+        step_trace(plan.config, context.rank, context.device),
     )
 
 
