@@ -9,6 +9,7 @@ the inputs of a rank's collectives, the barriers not counted.
 from __future__ import annotations
 
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -91,7 +92,20 @@ def rows_of(found: Mapping[str, Any]) -> list[list[object]]:
         for kind in KINDS:
             sent = sum(size for _, size in one["calls"][kind])
             ratio = common.ratio(one["seconds"], kind, "frozen")
-            rows.append([mode, kind, len(one["calls"][kind]), f"{sent:,}", f"{sent - base:,}", f"{milliseconds[kind]:.2f}", ratio])
+            ratios = [own / other for own, other in zip(one["seconds"][kind], one["seconds"]["frozen"], strict=True)]
+            low, _, high = statistics.quantiles(ratios, n=4)
+            rows.append(
+                [
+                    mode,
+                    kind,
+                    len(one["calls"][kind]),
+                    f"{sent:,}",
+                    f"{sent - base:,}",
+                    f"{milliseconds[kind]:.1f}",
+                    ratio,
+                    f"{low:.2f} to {high:.2f}",
+                ]
+            )
     return rows
 
 
@@ -105,14 +119,15 @@ def main() -> None:
         arguments = (str(Path(folder) / "store"), results, sizes, options.rounds)
         torch.multiprocessing.spawn(process, arguments, WORLD)
         found = results.get()
-    head = ["SP", "pair", "collectives", "bytes of a rank", "beyond the frozen pair", "ms", "time / frozen"]
+    head = ["SP", "pair", "collectives", "bytes of a rank", "beyond the frozen pair", "ms", "time / frozen", "middle half of the rounds"]
     body = common.markdown(head, rows_of(found))
     if options.dry_run:
         print(body)
         return
     body += (
         f"\n\nHidden {sizes[0]}, ffn {sizes[1]}, {BATCH} x {sizes[2]} tokens, fp32, r {RANK}, one thread a process, median of "
-        f"{options.rounds} rounds in turn. One all-reduce moves about what an all-gather and a reduce-scatter move together."
+        f"{options.rounds} rounds in turn. One all-reduce moves about what an all-gather and a reduce-scatter move together. "
+        "Where the middle half of the rounds spans 1, the machine did not tell the two apart."
     )
     common.write_results("tp2_gloo", "Tensor parallelism on gloo (`tp2_gloo.py`)", found, body, options.output)
 

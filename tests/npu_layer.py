@@ -32,12 +32,15 @@ HIDDEN, RANK, LENGTH, BATCH = 256, 8, 64, 2
 
 
 def check_device() -> None:
-    from mindspeed_lora.device import collective_backend, select_device, select_device_type
+    from mindspeed_lora.device import collective_backend, make_profiler, select_device, select_device_type
 
     assert select_device_type("auto") == "npu"
     device = select_device("auto")
     assert str(device) == "npu:0", device
     assert collective_backend(device) == "cpu:gloo,npu:hccl"
+    profiler = make_profiler(device, record_shapes=True, with_memory=True, with_stack=True)
+    assert type(profiler).__module__.startswith("torch_npu") and all(callable(getattr(profiler, n)) for n in ("start", "stop"))
+    assert callable(profiler.export_chrome_trace)
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(f"{folder}/store", 1)
         dist.init_process_group(collective_backend(device), store=store, rank=0, world_size=1)

@@ -16,7 +16,7 @@ from mindspeed_lora.arguments.flags_page import flags_page
 from mindspeed_lora.arguments.peer_names import DECLARED_NAMES, SCRIPT_NAMES
 from mindspeed_lora.arguments.registry import CONFIGS, FLAGS, build_config, config_paths, flags_of
 
-# Paths that decide an error, or another config (InspectConfig), and then go.
+# Paths that decide an error, another config (InspectConfig) or that there is a group (profile), and then go.
 CHECKED_ONLY = {"rope_scaling_type", "per_token_loss", "pairwise", "inspect", "profile"}
 # Config fields that a command shares with others through its group, but cannot set.
 WITHOUT_FLAG = {
