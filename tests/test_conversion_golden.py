@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from mindspeed_lora.arguments.parser import parse
 from mindspeed_lora.arguments.v2 import v2_arguments
 from mindspeed_lora.conversion.megatron_to_hf import write_hugging_face
 from mindspeed_lora.conversion.run import convert
+from mindspeed_lora.errors import UsageError
 from mindspeed_lora.manifest import read_manifest, verify_parts
 from mindspeed_lora.weights.sources import open_adapter, open_base
 from mindspeed_lora.weights.table import WeightTable
@@ -139,6 +141,24 @@ def test_merging_a_unified_checkpoint_of_the_peer(tmp_path: Path) -> None:
     merged, theirs = load_folder(save_dir / "mg2hg"), load_file(case / "output/mg2hf/model.safetensors")
     assert set(merged) == set(theirs)
     assert max(float((merged[name].float() - theirs[name].float()).abs().max()) for name in theirs) <= 5e-3
+
+
+def test_a_unified_checkpoint_whose_args_name_no_targets_needs_the_three_flags(tmp_path: Path) -> None:
+    """The peer's converter writes args with an empty target list: its r and alpha are then only defaults."""
+    case = golden() / "v1lora_qwen3_tp1pp1_unified"
+    folder, before = Path(shutil.copytree(case / "input/lora", tmp_path / "lora")), case / "input/hf_savedir_before"
+    (file,) = folder.glob("iter_*/mp_rank_00/model_optim_rng.pt")
+    content = load_torch_file(file)
+    args = argparse.Namespace(**{**vars(content["args"]), "lora_target_modules": [], "params_dtype": None, "lora_r": 16, "lora_alpha": 32})
+    plain = {name: value for name, value in vars(args).items() if value is None or isinstance(value, bool | int | float | str | list)}
+    torch.save({**content, "args": argparse.Namespace(**plain)}, tmp_path / "changed")
+    (tmp_path / "changed").replace(file)
+    assert open_adapter(folder).lora is None
+    with pytest.raises(UsageError, match="does not record r, alpha and targets; pass --lora-r, --lora-alpha and --lora-target-modules"):
+        run_convert("mg", "hf", folder, tmp_path / "none", hf_cfg_dir=before)
+    for source, target in ((case / "input/lora", "recorded"), (folder, "passed")):
+        run_convert("mg", "hf", source, tmp_path / target, hf_cfg_dir=before, lora=LoraFlags(8, 16.0, LORA_TARGETS))
+    assert_same_tensors(tmp_path / "recorded", tmp_path / "passed")
 
 
 def test_exporting_the_peer_s_adapter_where_the_peer_is_wrong_at_tensor_parallel_2(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 from conversion_helpers import run_convert
 from helpers import golden, tiny_llama, tiny_qwen3
+from peft_helpers import make_adapter
 from safetensors.torch import load_file, save_file
 
+from mindspeed_lora.arguments.cli import main
 from mindspeed_lora.arguments.configs import LORA_TARGETS, LoraFlags
 from mindspeed_lora.errors import CheckpointError, UsageError
 
@@ -136,6 +138,31 @@ def test_a_failure_in_the_middle_leaves_nothing(hf: Path, tmp_path: Path, monkey
             run_convert("hf", save, hf, target)
     assert not (tmp_path / "a").exists()
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("save", ["mg", "hf", "peft"])
+def test_a_full_disk_is_one_message_and_leaves_nothing(save: str, tmp_path: Path, capsys: Any) -> None:
+    """Files of at most some bytes: the kernel refuses the rest of a write, as a full disk does."""
+    import resource
+    import signal
+
+    hf = tiny_qwen3(tmp_path / "hf")
+    argv = ["--load-model-type", "hf", "--save-model-type", save, "--load-dir", str(hf), "--save-dir", str(tmp_path / "a/out")]
+    if save == "peft":
+        make_adapter(hf, tmp_path / "adapter", target_modules=["q_proj", "up_proj"])
+        argv = ["--load-model-type", "hf", "--save-model-type", "hf", "--load-dir", str(tmp_path / "adapter"), "--hf-cfg-dir", str(hf)]
+        argv += ["--save-lora-to-hf", "--save-dir", str(tmp_path / "a/out")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        code = main("convert_ckpt.py", argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    errors = capsys.readouterr().err
+    assert code == 1 and errors.count("error: --save-dir") == 1 and "Traceback" not in errors and "cannot be written" in errors, errors
+    assert not (tmp_path / "a").exists()
 
 
 def test_verify_reads_every_part(hf: Path, tmp_path: Path) -> None:

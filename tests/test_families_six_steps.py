@@ -16,6 +16,7 @@ import torch
 from data_helpers import alpaca_records, tiny_tokenizer, write_json
 from engine_helpers import TARGETS, build_engine
 from helpers import make_model
+from peft_helpers import CASES, load_peft, make_adapter
 
 from mindspeed_lora.arguments.cli import main
 from mindspeed_lora.checkpoint.load import load_adapter
@@ -230,3 +231,38 @@ def test_the_score_is_that_of_the_merged_model(journey: Journey) -> None:
         likelihoods = [response[0][0] for response in one["resps"]]
         assert likelihoods == pytest.approx([response[0][0] for response in two["resps"]], abs=1e-4)
         assert len({round(value, 3) for value in likelihoods}) > 1
+
+
+@pytest.mark.parametrize("case", ["every A its own", "per-module r and alpha"])
+def test_a_peft_adapter_whose_q_k_and_v_have_their_own_a_answers_and_scores_as_the_merged_model(case: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    prepare(tmp_path, "qwen3")
+    make_adapter(tmp_path / "hf", tmp_path / "peft", **CASES[case])
+    adapted = {"load": tmp_path / "hf", "lora_load": tmp_path / "peft"}
+    step(
+        "convert_ckpt.py",
+        load_model_type="hf",
+        save_model_type="hf",
+        load_dir=tmp_path / "hf",
+        lora_load=tmp_path / "peft",
+        save_dir=tmp_path / "merged",
+    )
+    asked = {"task": "greedy", "prompt": "Say number 3", "max_new_tokens": 6, "prompt_type": "qwen3"}
+    scored = {"task": "mmlu", "task_data_path": tmp_path / "mmlu", "num_fewshot": 1, "log_samples": True}
+    found = []
+    for name, model in (("adapted", adapted), ("merged", {"load": tmp_path / "merged"}), ("base", {"load": tmp_path / "hf"})):
+        answer = step("inference.py", **model, **asked).split("MindSpeed-LLM:\n")[1].split("\n====")[0]
+        step("evaluation.py", **model, **scored, output_path=tmp_path / f"{name}-scores")
+        samples = (tmp_path / f"{name}-scores" / "samples_mmlu_anatomy.jsonl").read_text().splitlines()
+        found.append((answer, [response[0][0] for sample in map(json.loads, samples) for response in sample["resps"]]))
+    (answer, likelihoods), merged, base = found
+    assert answer == merged[0] and likelihoods == pytest.approx(merged[1], abs=1e-4)
+    assert len(likelihoods) == 4 * QUESTIONS and likelihoods != pytest.approx(base[1], abs=1e-2), "the adapter must change the scores"
+    # And peft itself says the same.
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    from mindspeed_lora.data.templates import load_template
+
+    prompt = torch.tensor([load_template("qwen3").encode_prompt(tokenizer, [{"role": "user", "content": "Say number 3"}])])
+    generated = load_peft(tmp_path / "hf", tmp_path / "peft").generate(input_ids=prompt, max_new_tokens=6, do_sample=False)
+    assert answer == tokenizer.decode(generated[0, prompt.shape[1] :], skip_special_tokens=True)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ROOT, shared_data
+from peft_helpers import make_adapter
 from pool import ProcessPool
 from test_inference_engine import LAYOUTS, answers, config_for, run_infer
 
@@ -173,6 +174,23 @@ def test_several_adapters_answer_as_each_alone_and_as_peft(
         for name, folder in two_adapters.items():
             alone = run_infer(replace(config, compare_base=False, **lora({"": folder}, chat_model)))
             assert answers(alone[1]) == [expected[list(two_adapters).index(name)]]
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_stage_may_hold_no_adapter(pool: ProcessPool, chat_model: Path, tmp_path: Path, layer: int) -> None:
+    """Of two stages only one is adapted, once the driver's, once the other; the base is asked behind the adapter."""
+    import transformers
+
+    make_adapter(chat_model, tmp_path / "a", target_modules=["q_proj", "down_proj"], layers_to_transform=[layer], layers_pattern="layers")
+    config = replace(chat_config(chat_model, 1, 2), tasks=("greedy",), prompts=("Once upon a time",), compare_base=True)
+    results = pool.run(run_infer, 2, replace(config, **lora({"": tmp_path / "a"}, chat_model)))
+    assert [code for code, _ in results] == [0, 0], results
+    texts = [part.split("\n\nYou:")[0].split("\n====")[0] for part in results[0][1].split("):\n")[1:]]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(shared_data() / "stories260k" / "hf")
+    ids = tokenizer.encode("Once upon a time")
+    expected = [tokenizer.decode(peft_answers(chat_model, folder, ids), skip_special_tokens=True) for folder in (tmp_path / "a", None)]
+    assert expected[0] != expected[1], "the adapter must change the answer"
+    assert texts == expected
 
 
 def test_in_a_chat_the_adapter_is_chosen_by_a_command(chat_model: Path, two_adapters: dict[str, Path]) -> None:

@@ -189,6 +189,22 @@ def test_megatron_folders_with_something_missing(tmp_path: Path) -> None:
         open_base(golden() / "v1lora_qwen3_tp2pp2_filter/input/lora")
 
 
+def test_files_of_two_iterations_are_not_one_checkpoint(tmp_path: Path) -> None:
+    table = WeightTable(open_base(golden() / "v1_qwen3_tp2pp2/input/hf").model_config)
+    for source, opened in (
+        (golden() / "v1_qwen3_tp2pp2/output/mg", open_base),
+        (golden() / "v1lora_qwen3_tp2pp2_filter/input/lora", open_adapter),
+    ):
+        folder = Path(shutil.copytree(source, tmp_path / opened.__name__))
+        opened(folder).check_coverage(table)
+        (file,) = folder.glob("iter_*/mp_rank_01_001/model_optim_rng.pt")
+        content = load_torch_file(file)
+        torch.save({**content, "args": None, "iteration": content["iteration"] + 1}, tmp_path / "changed")
+        (tmp_path / "changed").replace(file)
+        with pytest.raises(CheckpointError, match=r"mp_rank_01_001.*is of iteration (\d+), the folder's first file of (\d+); files of two"):
+            opened(folder).check_coverage(table)
+
+
 def test_a_layer_missing_in_the_middle_is_not_closed_up(tmp_path: Path) -> None:
     model = load_torch_file(golden() / "v1_qwen3_tp2pp1/output/mg/iter_0000001/mp_rank_00/model_optim_rng.pt")["model"]
     save_rank(tmp_path, {"model": {name: value for name, value in model.items() if ".layers.1." not in name}})

@@ -60,12 +60,15 @@ def _refuse_occupied(target: Path) -> None:
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder inside ``target``; on success its entries move up, the tracker last, on any error all of it goes."""
+    """Yield a temporary folder inside ``target``; on success its entries move up, the tracker last, on any error all of it goes.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written.
+    """
     created = _missing_parents(target)
-    target.mkdir(parents=True, exist_ok=True)
     staging = temporary_name(target / "convert")
-    staging.mkdir()
     try:
+        staging.mkdir(parents=True)
         yield staging
         _refuse_other_contents(staging, target)
         for entry in sorted(staging.iterdir(), key=lambda path: path.name == TRACKER_NAME):
@@ -73,6 +76,11 @@ def staged_folder(target: Path) -> Iterator[Path]:
             entry.replace(target / entry.name)
         fsync_path(target)
         created = []
+    except OSError as error:
+        raise CheckpointError(
+            f"--save-dir {target}: cannot be written ({error}); nothing of it is left. Free disk space (--dry-run says how much) or choose "
+            "another folder"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         for folder in created:

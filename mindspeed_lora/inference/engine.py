@@ -39,8 +39,8 @@ class ScoreBatch:
 class Engine:
     """Driver side."""
 
-    def __init__(self, stage: GPTStage, context: ParallelContext, channels: Channels) -> None:
-        self._executor = Executor(stage, context, channels)
+    def __init__(self, stage: GPTStage, context: ParallelContext, channels: Channels, adapters: tuple[str, ...] = ()) -> None:
+        self._executor = Executor(stage, context, channels, adapters)
         self._context, self._replica = context, channels.replica
         self._stopped = False
         self._broken = False  # an order was begun and not carried out
@@ -183,9 +183,9 @@ class Engine:
                 get_logger().warning(f"a worker has left already ({str(error).splitlines()[0]})")
 
 
-def serve(stage: GPTStage, context: ParallelContext, channels: Channels) -> int:
+def serve(stage: GPTStage, context: ParallelContext, channels: Channels, adapters: tuple[str, ...] = ()) -> int:
     """Worker side: follow the driver until it stops; returns the exit code it sent."""
-    executor = Executor(stage, context, channels)
+    executor = Executor(stage, context, channels, adapters)
     while True:
         with other_ranks("the driver, or another worker,"):
             message = receive_message(channels.replica)

@@ -14,7 +14,7 @@ import torch
 
 from mindspeed_lora.inference.channel import Channels
 from mindspeed_lora.inference.protocol import Message, Operation, Output
-from mindspeed_lora.lora.inject import adapter_names, select_adapter
+from mindspeed_lora.lora.inject import select_adapter
 from mindspeed_lora.model.decode import DecodeState, KVCache, SharedPrefix
 from mindspeed_lora.model.stage import GPTStage
 from mindspeed_lora.parallel.collectives import Pending, receive, send, send_later
@@ -48,12 +48,14 @@ def positions_and_mask(real: torch.Tensor | None, batch: int, past: int, length:
 
 
 class Executor:
-    """Carries out messages; the same code on the driver and on every worker."""
+    """Carries out messages; the same code on the driver and on every worker.
 
-    def __init__(self, stage: GPTStage, context: ParallelContext, channels: Channels) -> None:
-        self.stage, self.context, self.channels = stage, context, channels
+    ``adapters``: the model's, in the order that messages count them in; a stage may hold none of some.
+    """
+
+    def __init__(self, stage: GPTStage, context: ParallelContext, channels: Channels, adapters: tuple[str, ...] = ()) -> None:
+        self.stage, self.context, self.channels, self.adapters = stage, context, channels, adapters
         self.cache = KVCache()
-        self.adapters = adapter_names(stage)
         self._real: torch.Tensor | None = None  # bool [b, cached], CPU; None: nothing in the cache is padding
         self._pending: Pending | None = None
 

@@ -72,6 +72,11 @@ class Session:
         return self.context.tp_rank == 0 and self.context.pp_rank == 0
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """The engine's names of the adapters, the same on every rank."""
+        return tuple(voice.adapter for voice in self.voices if voice.adapter is not None)
+
+    @property
     def pad_id(self) -> int:
         """Any id does: padding is masked."""
         pad = self.tokenizer.pad_token_id
@@ -319,7 +324,7 @@ def lead(session: Session, work: Callable[[Engine], None]) -> int:
     """
     error: MindSpeedLoraError | None = None
     if session.stage is not None and session.is_driver:
-        engine = Engine(session.stage, session.context, session.channels)
+        engine = Engine(session.stage, session.context, session.channels, session.adapters)
         code = _CRASH
         try:
             with interruptible(engine):
@@ -340,7 +345,8 @@ def lead(session: Session, work: Callable[[Engine], None]) -> int:
             engine.stop(code)
     else:
         with left_to_the_driver():
-            if session.stage is not None and serve(session.stage, session.context, session.channels) == _CRASH:
+            stage = session.stage
+            if stage is not None and serve(stage, session.context, session.channels, session.adapters) == _CRASH:
                 return 1
             return _ending(None, session)
     return _ending(error, session)

@@ -41,7 +41,7 @@ class LoadedAdapter:
 
 
 def internal_name(number: int) -> str:
-    """Of the adapter ``number`` (from 0); sorted like the numbers, as the engine counts them."""
+    """Of the adapter ``number`` (from 0)."""
     return "default" if number == 0 else f"extra{number:03d}"
 
 

@@ -99,15 +99,8 @@ def _inject(stage: nn.Module, spec: LoraSpec, adapted: Mapping[str, ModuleLora],
     inject_adapter_in_model(config, stage, adapter_name)
 
 
-def adapter_names(stage: nn.Module) -> tuple[str, ...]:
-    """Names of the adapters that the stage's layers hold, sorted: the same on every rank."""
-    from peft.tuners.lora import LoraLayer
-
-    return tuple(sorted({name for module in stage.modules() if isinstance(module, LoraLayer) for name in module.lora_A}))
-
-
 def select_adapter(stage: nn.Module, name: str | None) -> None:
-    """Let forward passes use the adapter ``name``; None: the base alone. For a stage that is not trained."""
+    """Let forward passes use the adapter ``name``; None: the base alone. For a stage that is not trained; it may hold none."""
     from peft.tuners.lora import LoraLayer
 
     for module in stage.modules():

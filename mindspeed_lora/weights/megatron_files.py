@@ -16,6 +16,7 @@ from mindspeed_lora.weights.config import Layout, ModelConfig
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.placement import expert_tensor_size, experts_of, place_layers
 from mindspeed_lora.weights.table import Row, WeightTable
+from mindspeed_lora.weights.torch_stream import save_torch_file
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 RANK_FILE_NAME = "model_optim_rng.pt"
@@ -276,7 +277,7 @@ def write_rank_file(
     compact = {key: {name: _compact(tensor) for name, tensor in model.items()} for key, model in models.items()}
     path = folder / RANK_FILE_NAME
     with atomic_file(path) as temporary:
-        torch.save(checkpoint_content(compact, args, iteration, extra), temporary)
+        save_torch_file(checkpoint_content(compact, args, iteration, extra), temporary)
     return path
 
 

@@ -36,15 +36,27 @@ def mapped_bytes_limit() -> int:
 
 @dataclass
 class RankFile:
-    """One ``model_optim_rng.pt``, opened when first needed."""
+    """One ``model_optim_rng.pt``, opened when first needed; ``iteration``: what the folder's first file says of itself."""
 
     path: Path
+    iteration: object = None
     _content: dict[str, Any] | None = field(default=None, repr=False)
 
     def content(self) -> dict[str, Any]:
-        """The dictionary, tensors memory-mapped."""
+        """The dictionary, tensors memory-mapped.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another iteration than the first.
+        """
         if self._content is None:
-            self._content = load_torch_file(self.path)
+            content = load_torch_file(self.path)
+            found = content.get("iteration", self.iteration)
+            if self.iteration is not None and found != self.iteration:
+                raise CheckpointError(
+                    f"{self.path}: is of iteration {found}, the folder's first file of {self.iteration}; "
+                    "files of two saves are mixed, copy the whole folder again"
+                )
+            self._content = content
         return self._content
 
     def chunks(self) -> list[str]:
@@ -132,6 +144,8 @@ class MegatronFolder:
         files = [RankFile(folder / RANK_FILE_NAME) for folder, _ in folders]
         first = next((file for file in files if file.path.is_file()), None)
         self.args: SimpleNamespace | None = as_namespace(first.content().get("args")) if first else None
+        for file in files if first else ():
+            file.iteration = first.content().get("iteration")
         self._files = self._rank_files(folders, files)
         self.tp_size = 1 + max(tp for tp, _, _ in self._files)
         self.pp_size = 1 + max(pp for _, pp, _ in self._files)

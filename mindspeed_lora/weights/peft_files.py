@@ -33,6 +33,7 @@ def write_peft_adapter(
 
     PEFT names one A for each HF linear: parts with one A get a copy each, others their own rows at their own r.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -50,7 +51,10 @@ def write_peft_adapter(
                 for half, matrix in zip("AB", pair, strict=True):
                     named[f"base_model.model.{linear}.lora_{half}.weight"] = _own(matrix)
     with atomic_file(folder / ADAPTER_FILE_NAME) as temporary:
-        save_file(named, temporary, metadata={"format": "pt"})
+        try:
+            save_file(named, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # what safetensors makes of an OSError
+            raise OSError(str(error)) from error
     write_json(folder / ADAPTER_CONFIG_NAME, _adapter_config(table, lora, shapes, base_path))
 
 

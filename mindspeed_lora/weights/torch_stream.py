@@ -64,7 +64,7 @@ def save_streamed(path: Path, build: Callable[[Callable[[TensorSpec], torch.Tens
 
     content = build(placeholder)
     with torch.serialization.skip_data():
-        torch.save(content, path)
+        save_torch_file(content, path)
     del content
     records = _records(path, len(specs))
     descriptor = os.open(path, os.O_RDWR)
@@ -76,6 +76,14 @@ def save_streamed(path: Path, build: Callable[[Callable[[TensorSpec], torch.Tens
                     os.pwrite(descriptor, struct.pack("<L", crc), offset)
     finally:
         os.close(descriptor)
+
+
+def save_torch_file(content: Mapping[str, Any], path: Path) -> None:
+    """``torch.save``; a file that cannot be written is an OSError here too, of which torch makes a RuntimeError."""
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:
+        raise OSError(f"torch.save cannot write {path.parent.name}/{path.name}: {str(error).splitlines()[0]}") from error
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
