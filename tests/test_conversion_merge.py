@@ -15,6 +15,7 @@ from helpers import tiny_llama, tiny_qwen3
 from safetensors.torch import load_file, save_file
 
 from mindspeed_lora.arguments.configs import LoraFlags
+from mindspeed_lora.conversion.merge import merged
 from mindspeed_lora.errors import CheckpointError, MindSpeedLoraError, UsageError
 from mindspeed_lora.manifest import read_manifest
 from mindspeed_lora.weights.config import Layout
@@ -90,6 +91,19 @@ def test_the_report_says_what_the_cast_rounded_away(tmp_path: Path, caplog: pyte
     assert shares["total"] == pytest.approx(100 * (lost / whole) ** 0.5, rel=1e-2)
     assert shares["total"] > 10, "a small adapter on bf16 weights loses much"
     assert all(tensor.dtype == torch.bfloat16 for tensor in merged.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [2.0, 0.25, 1.0, 3.0, 16 / 8**0.5, -0.7])
+def test_the_sum_is_fp32_arithmetic_cast_once_at_any_scale(scale: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight, matrix_a, matrix_b = (torch.randn(shape, generator=generator) for shape in ((48, 33), (4, 33), (48, 4)))
+    result, delta, lost = merged(weight.to(dtype), (matrix_a, matrix_b), scale, dtype)
+    change = matrix_b @ matrix_a * scale
+    total = weight.to(dtype).float() + change
+    assert torch.equal(result, total.to(dtype))
+    assert delta == pytest.approx(float(change.square().sum()), rel=1e-4)
+    assert lost == pytest.approx(float((total - total.to(dtype).float()).square().sum()), rel=1e-4)
 
 
 def test_each_tensor_keeps_its_own_dtype(tmp_path: Path) -> None:

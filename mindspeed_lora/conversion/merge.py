@@ -116,15 +116,17 @@ def merged(weight: torch.Tensor, pair: Pair, scale: float, dtype: torch.dtype) -
     result = torch.empty(rows, width, dtype=dtype)
     step = max(_CACHED_BYTES // (4 * width), 1)
     sums, casts = torch.empty(2, min(step, rows), width).unbind()
+    power_of_two = abs(math.frexp(scale)[0]) == 0.5  # then scaling rounds nothing, and may be one step with the sum
     lost = 0.0
-    for start in range(0, rows, step):
-        block = slice(start, min(start + step, rows))
-        length = block.stop - start
-        total, other = sums[:length], casts[:length]
-        torch.mm(matrix_b[block], matrix_a, out=total)
-        total.mul_(scale).add_(other.copy_(weight[block]))
-        result[block] = total
-        flat = total.sub_(other.copy_(result[block])).view(-1)
+    for own, rows_b, out in zip(weight.split(step), matrix_b.split(step), result.split(step), strict=True):
+        total, other = sums[: len(own)], casts[: len(own)]
+        torch.mm(rows_b, matrix_a, out=total)
+        other.copy_(own)
+        if power_of_two:
+            torch.add(other, total, alpha=scale, out=total)
+        else:
+            total.mul_(scale).add_(other)
+        flat = total.sub_(other.copy_(out.copy_(total))).view(-1)
         lost += float(torch.dot(flat, flat))
     gram = (matrix_b.T @ matrix_b).double() * (matrix_a @ matrix_a.T).double()
     return result, max(scale * scale * float(gram.sum()), 0.0), lost
