@@ -144,8 +144,9 @@ class MegatronFolder:
         files = [RankFile(folder / RANK_FILE_NAME) for folder, _ in folders]
         first = next((file for file in files if file.path.is_file()), None)
         self.args: SimpleNamespace | None = as_namespace(first.content().get("args")) if first else None
-        for file in files if first else ():
-            file.iteration = first.content().get("iteration")
+        iteration = first.content().get("iteration") if first else None
+        for file in files:
+            file.iteration = iteration
         self._files = self._rank_files(folders, files)
         self.tp_size = 1 + max(tp for tp, _, _ in self._files)
         self.pp_size = 1 + max(pp for _, pp, _ in self._files)
