@@ -11,7 +11,7 @@ import torch
 
 from mindspeed_lora.arguments.configs import ArchitectureFlags
 from mindspeed_lora.checkpoint.resolve import resolve_model_config
-from mindspeed_lora.errors import UsageError
+from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.weights.config import ExpertShape, LatentShape, Layout, ModelConfig, Routing
 from mindspeed_lora.weights.families import model_config_from_dict
 from mindspeed_lora.weights.megatron_files import GroupRow, chunk_rows
@@ -185,6 +185,8 @@ def test_which_layers_are_dense() -> None:
     )
     config = model_config_from_dict(qwen)
     assert config.experts is not None and config.experts.dense_layers == (0, 2, 3, 4)
+    with pytest.raises(CheckpointError, match="num_experts_per_tok of at most 4"):
+        model_config_from_dict({**qwen, "num_experts_per_tok": 5})
     deepseek = {
         **qwen,
         "model_type": "deepseek_v2",

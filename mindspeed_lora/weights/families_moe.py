@@ -18,7 +18,10 @@ def _size(values: Mapping[str, Any], *keys: str) -> int:
 
 
 def _top_k(values: Mapping[str, Any], count: int, default: int) -> int:
-    top_k = _size(values, "num_experts_per_tok") if "num_experts_per_tok" in values else default
+    """``num_experts_per_tok``, or transformers' default where the file does not say (at most all of them)."""
+    if values.get("num_experts_per_tok") is None:
+        return min(default, count)
+    top_k = _size(values, "num_experts_per_tok")
     if top_k > count:
         raise ValueError(f"num_experts_per_tok of at most {count}")
     return top_k
