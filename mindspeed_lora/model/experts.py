@@ -22,7 +22,7 @@ from torch import nn
 
 from mindspeed_lora import ops
 from mindspeed_lora.model.router import Router
-from mindspeed_lora.ops.grouped import RowGroups
+from mindspeed_lora.ops.permute import permute, sort_by_expert, unpermute
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.grouped import GroupedLinear
 from mindspeed_lora.parallel.layers import ColumnParallelLinear, RowParallelLinear, enter_column, leave_row
@@ -41,13 +41,9 @@ class RoutedExperts(nn.Module):
 
     def forward(self, tokens: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """tokens ``[n, h]``, weights and experts ``[n, k]`` -> this rank's share of the weighted sum ``[n, h]``."""
-        top_k = experts.shape[1]
-        order = experts.flatten().argsort(stable=True)
-        groups = RowGroups(tuple(experts.flatten().bincount(minlength=self.num_experts).tolist()))
-        rows = self.linear_fc2(ops.swiglu(self.linear_fc1(tokens[order // top_k], groups)), groups)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        return (rows[place].view(-1, top_k, rows.shape[-1]) * weights.unsqueeze(-1).to(rows.dtype)).sum(1)
+        order = sort_by_expert(experts, self.num_experts)
+        rows = self.linear_fc1(permute(tokens, order), order.groups)
+        return unpermute(self.linear_fc2(ops.swiglu(rows), order.groups), order, weights)
 
 
 class SharedExperts(nn.Module):

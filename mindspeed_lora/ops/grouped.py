@@ -12,15 +12,21 @@ An empty group gives no rows, and a zero matrix.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowGroups:
-    """``lengths``: rows of each group, in order; their sum is the number of rows."""
+    """``counts`` ``[E]`` int64: rows of each group, in order; their sum is the number of rows."""
 
-    lengths: tuple[int, ...]
+    counts: torch.Tensor
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """The counts on the host: waits for the device, once."""
+        return tuple(self.counts.tolist())
 
     def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Views ``[n_e, ...]`` of ``rows``, one per group."""
