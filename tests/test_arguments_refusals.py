@@ -122,7 +122,7 @@ def test_accepted_values_are_checked(name: str, value: str, command: str, minima
         (TRAIN, "--stage dpo --ref-model /nowhere", ["--ref-model /nowhere", "existing folder"]),
         (TRAIN, "--stage dpo --pack", ["--pack: preference pairs are not packed"]),
         (TRAIN, "--stage dpo --loss-normalization micro-batch", ["mean over the global batch's pairs"]),
-        (TRAIN, "--num-experts 8", ["--num-experts 8", "later release"]),
+        (TRAIN, "--num-zero-experts 8", ["--num-zero-experts 8", "later release"]),
         (TRAIN, "--pack --neat-pack", ["--neat-pack", "add --reset-attention-mask"]),
         (TRAIN, "--handler-name GeneralPretrainHandler", ["is not for this training", "instructions and pairs"]),
         (TRAIN, "--nproc_per_node 2", ["belongs to torchrun"]),

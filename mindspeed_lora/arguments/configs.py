@@ -14,6 +14,59 @@ LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
 @dataclass(frozen=True)
+class ExpertFlags:
+    """MindSpeed-LLM's words for a mixture of experts. Switches are True when passed."""
+
+    count: int | None = None  # --num-experts
+    top_k: int | None = None
+    ffn_hidden_size: int | None = None
+    shared_ffn_hidden_size: int | None = None
+    shared_count: int | None = None  # --n-shared-experts, each of ffn_hidden_size
+    shared_gate: bool | None = None
+    first_dense: int | None = None  # --first-k-dense-replace; -1: nothing is said
+    layer_pattern: int | tuple[int, ...] | None = None  # --moe-layer-freq: every so many layers; -1: nothing; or 1 and 0 by layer
+    normalize: bool | None = None
+    pre_softmax: bool | None = None
+    score: str | None = None
+    groups: int | None = None
+    top_groups: int | None = None
+    scale: float | None = None
+    bias: bool | None = None
+    balancing: str | None = None  # --moe-router-load-balancing-type
+
+    @property
+    def groups_matter(self) -> bool:
+        """Whether the peer's kind of routing looks at the groups."""
+        return self.balancing not in ("softmax_topk", "pai_megatron_aux_loss")
+
+
+@dataclass(frozen=True)
+class LatentFlags:
+    """Multi-head latent attention; ``used`` is True when passed."""
+
+    used: bool | None = None
+    q_rank: int | None = None
+    kv_rank: int | None = None
+    nope_head_dim: int | None = None
+    rope_head_dim: int | None = None
+    value_head_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class RopeScalingFlags:
+    """Numbers of yarn and llama3 rope scaling, by the name that ``config.json`` has for each."""
+
+    factor: float | None = None
+    original_max_position_embeddings: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+
+
+@dataclass(frozen=True)
 class ArchitectureFlags:
     """Architecture values that the user passed explicitly; compared with ``config.json``, never a source of defaults."""
 
@@ -32,6 +85,9 @@ class ArchitectureFlags:
     add_qkv_bias: bool | None = None
     max_position_embeddings: int | None = None  # a limit of the run, not compared
     seq_length: int | None = None  # likewise
+    experts: ExpertFlags = field(default_factory=ExpertFlags)
+    latent: LatentFlags = field(default_factory=LatentFlags)
+    rope_scaling: RopeScalingFlags = field(default_factory=RopeScalingFlags)
 
 
 @dataclass(frozen=True)

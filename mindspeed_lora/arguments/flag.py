@@ -18,6 +18,7 @@ ACTIVE, ACCEPTED, REFUSED = "active", "accepted", "refused"
 GROUPS = (
     "files",
     "model",
+    "experts and latent attention",
     "layout",
     "data",
     "template",

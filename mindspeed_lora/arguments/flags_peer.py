@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mindspeed_lora.arguments.flag import EVALUATE, INFER, RUNS, TRAIN, Flag, accepted
-from mindspeed_lora.arguments.flags_tools import FAMILIES_NOT_YET
+from mindspeed_lora.arguments.flags_tools import FAMILIES, LATER_FAMILY
 from mindspeed_lora.arguments.values import COUNT, COUNT_OR_ZERO, NUMBER, TEXT, WHOLE
 
 ASKING = (INFER, EVALUATE)
@@ -33,6 +33,7 @@ MODEL = [
         "position-embedding-type", RUNS, "every family here has it", TEXT, only=("rope",), otherwise="the families here have rope; use rope"
     ),
     *accepted("use-rotary-position-embeddings", RUNS, "every family here has them"),
+    *accepted("no-position-embedding", RUNS, "no family here has learned positions"),
     *accepted(
         "rotary-percent",
         RUNS,
@@ -42,7 +43,6 @@ MODEL = [
         otherwise="partly rotated heads come with a later release",
     ),
     *accepted("hidden-dropout attention-dropout lora-dropout", RUNS, "the rate is 0", NUMBER, only=(0.0,), otherwise=NO_DROPOUT),
-    *accepted("norm-topk-prob", RUNS, "it belongs to a router, and a dense model has none"),
     *accepted("make-vocab-size-divisible-by", RUNS, "the checkpoint says how many rows the embedding has", COUNT),
     *accepted("init-method-std", RUNS, "weights come from --load; a new adapter starts from Kaiming-uniform A and zero B", NUMBER),
     *accepted(
@@ -55,20 +55,12 @@ MODEL = [
         dest=("rope_scaling_type",),
     ),
     *accepted(
-        "rope-scaling-factor rope-scaling-original-max-position-embeddings rope-scaling-mscale rope-scaling-mscale-all-dim beta-fast "
-        "beta-slow "
-        "low-freq-factor high-freq-factor original-max-position-embeddings",
-        RUNS,
-        "rope scaling is read from config.json",
-        NUMBER,
-    ),
-    *accepted(
         "model-type-hf",
         RUNS,
         "the family comes from config.json",
         TEXT,
-        only=("qwen3", "llama2", "llama3", "llama"),
-        otherwise=f"this family comes with a later release, as do {', '.join(FAMILIES_NOT_YET[:3])} and others; Qwen3 dense and Llama work",
+        only=FAMILIES,
+        otherwise=LATER_FAMILY,
     ),
     *accepted(
         "tokenizer-type",
@@ -136,6 +128,7 @@ PARALLEL = [
     *accepted("expert-model-parallel-size expert-tensor-parallel-size", RUNS, "the size is 1", COUNT, only=(1,), otherwise=LATER_EXPERTS),
     *accepted("exit-on-missing-checkpoint", RUNS, "a missing checkpoint always ends the run"),
     *accepted("no-shared-storage", RUNS, "each machine reads the checkpoint at the path it was given; nothing is converted on the way"),
+    *accepted("ckpt-format", RUNS, "checkpoints are Megatron's .pt files", TEXT, only=("torch",), otherwise="use torch"),
     *accepted("overlap-grad-reduce overlap-param-gather", RUNS, "gradients are reduced once per step, in one flat buffer"),
 ]
 

@@ -6,11 +6,7 @@ from mindspeed_lora.arguments.flag import COMMANDS, CONVERT, EVALUATE, PREPROCES
 from mindspeed_lora.arguments.values import TEXT
 
 MODELS = (*RUNS, CONVERT)
-EXPERTS = (
-    "a model's experts are described by its config.json, and are cut over tensor and pipeline ranks; expert parallelism, token dispatchers "
-    "and auxiliary losses come with a later release: leave the flag out"
-)
-LATENT = "multi-head latent attention (DeepSeek) comes with a later release; Qwen3 dense and Llama work"
+SPARSE = "sparse attention and scaled latents (DeepSeek-V3.2, LongCat) are not supported; DeepSeek-V2 and V3 work"
 MTP = "multi-token prediction comes with a later release; leave it out"
 FAMILY = "the families that need it (Gemma, GLM, MiniCPM, Phi and others) come with a later release; Qwen3 dense and Llama work"
 LINEAR_ATTENTION = "linear attention (Qwen3-Next, Mamba) is not supported; Qwen3 dense and Llama work"
@@ -19,39 +15,22 @@ TORCHRUN = "this flag belongs to torchrun: put it before the name of the program
 
 EXPERT_FLAGS = [
     *refused(
-        "num-experts moe-ffn-hidden-size moe-intermediate-size moe-router-topk moe-router-load-balancing-type moe-token-dispatcher-type "
-        "moe-layer-freq "
-        "moe-aux-loss-coeff moe-router-num-groups moe-router-group-topk moe-router-topk-scaling-factor moe-router-score-function "
-        "moe-router-dtype "
-        "moe-input-jitter-eps moe-shared-expert-intermediate-size moe-zero-memory n-shared-experts num-zero-experts",
-        MODELS,
-        EXPERTS,
+        "moe-aux-loss-coeff",
+        RUNS,
+        "auxiliary losses come with a later release; leave the flag out",
         TEXT,
     ),
-    *refused("first-k-dense-replace", RUNS, EXPERTS, TEXT),
-    *refused("moe-grouped-gemm moe-tp-extend-ep", RUNS, EXPERTS),
-    *refused(
-        "moe-permutation-async-comm moe-alltoall-overlap-comm moe-permute-fusion moe-router-enable-expert-bias "
-        "moe-fb-overlap "
-        "moe-router-pre-softmax seq-aux router-gating-in-fp32 topk-softmax-in-fp32 shared-expert-gate "
-        "use-fused-moe-token-permute-and-unpermute",
-        MODELS,
-        EXPERTS,
-    ),
+    *refused("seq-aux", RUNS, "auxiliary losses come with a later release; leave the flag out"),
+    *refused("moe-grouped-gemm", RUNS, "grouped experts come with a later release; leave the flag out"),
+    *refused("moe-tp-extend-ep", RUNS, "experts dealt out over tensor ranks come with a later release; leave the flag out"),
 ]
 
 LATENT_FLAGS = [
-    *refused("q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim index-topk index-n-heads", MODELS, LATENT, TEXT),
-    *refused(
-        "multi-latent-attention mla-fa-without-pad enable-dsa-indexer use-fused-lightning-indexer enable-mla-scale-q-lora "
-        "enable-mla-scale-kv-lora",
-        MODELS,
-        LATENT,
-    ),
-    *refused("mla-mm-split", RUNS, LATENT),
+    *refused("index-topk index-n-heads", MODELS, SPARSE, TEXT),
+    *refused("enable-dsa-indexer use-fused-lightning-indexer enable-mla-scale-q-lora enable-mla-scale-kv-lora", MODELS, SPARSE),
     *refused(
         "mla-mm-split",
-        (CONVERT,),
+        (*RUNS, CONVERT),
         "latent attention's up-projections are written whole, as without this flag; leave it out here and in training",
     ),
     *refused("mtp-num-layers", RUNS, MTP, TEXT),

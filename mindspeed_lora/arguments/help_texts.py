@@ -59,5 +59,6 @@ EXAMPLES = {
 
 GROUP_NOTES = {
     "model": "config.json says these; a value passed here is compared with it, and an error where they differ",
+    "experts and latent attention": "likewise, for the models that have them",
     "lora": "an adapter given by --lora-load knows these; a value passed here is compared with it",
 }

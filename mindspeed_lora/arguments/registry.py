@@ -8,7 +8,16 @@ import typing
 from functools import cache
 from typing import Any
 
-from mindspeed_lora.arguments import flags_asking, flags_fp16, flags_model, flags_peer, flags_refused, flags_tools, flags_training
+from mindspeed_lora.arguments import (
+    flags_asking,
+    flags_experts,
+    flags_fp16,
+    flags_model,
+    flags_peer,
+    flags_refused,
+    flags_tools,
+    flags_training,
+)
 from mindspeed_lora.arguments.configs import ConvertConfig, EvaluationConfig, InferenceConfig, PreprocessConfig, TrainConfig
 from mindspeed_lora.arguments.flag import CONVERT, EVALUATE, INFER, PREPROCESS, TRAIN, Flag
 from mindspeed_lora.arguments.peer_names import PEER_NAMES
@@ -25,6 +34,7 @@ CONFIGS: dict[str, type] = {
 FLAGS: tuple[Flag, ...] = (
     *flags_tools.FLAGS,
     *flags_model.FLAGS,
+    *flags_experts.FLAGS,
     *flags_fp16.FLAGS,
     *flags_training.FLAGS,
     *flags_asking.FLAGS,

@@ -69,6 +69,19 @@ def _numbers(minimum: int) -> Callable[[str], tuple[int, ...]]:
     return parse
 
 
+def _layer_pattern(text: str) -> int | tuple[int, ...]:
+    """``2``, ``-1``, or a list such as ``[0,1,1]`` or ``([0]*3+[1]*58)``, as Megatron writes it."""
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    pattern: list[int] = []
+    for part in text.replace(" ", "").removeprefix("(").removesuffix(")").split("+"):
+        found = re.fullmatch(r"\[([01](?:,[01])*)\](?:\*(\d+))?", part)
+        if found is None:
+            raise ValueError(text)
+        pattern += [int(flag) for flag in found[1].split(",")] * int(found[2] or 1)
+    return tuple(pattern)
+
+
 def _probabilities(text: str) -> tuple[float, ...]:
     return tuple(_number(lambda value: 0 < value <= 1)(part) for part in text.split(","))
 
@@ -111,4 +124,5 @@ NAMED_PATH = ValueType("[NAME=]PATH", "a path, or NAME=PATH with a name of lette
 PATH = ValueType("PATH", "a path", _path)
 PROBABILITIES = ValueType("P,P,..", "numbers above 0 and at most 1, with commas between them, such as 0.7,0.3", _probabilities)
 SPLIT = ValueType("A,B,C", "three shares (train, validation, test) of at least 0, the first above 0, such as 100,0,0", _split)
+LAYER_PATTERN = ValueType("N", "a whole number, or ones and zeros by layer such as [0]*3+[1]*58", _layer_pattern)
 JSON_OBJECT = ValueType("JSON", 'a JSON object such as {"prompt": "question", "response": "answer"}', _json_object)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from mindspeed_lora.arguments.configs import ArchitectureFlags, LoraFlags
+from mindspeed_lora.checkpoint.resolve_experts import check_special_flags, disagree
 from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.weights.config import Layout, ModelConfig, check_can_run
 from mindspeed_lora.weights.lora_spec import LoraSpec
@@ -30,21 +30,25 @@ _COMPARED = (
 )
 
 
-def _disagree(flag: str, passed: Any, source: str, found: Any, word: str) -> UsageError:
-    return UsageError(f"{flag} {passed} contradicts {source}, which says {word} {found}; leave the flag out or load the model it describes")
+def check_architecture(config: ModelConfig, flags: ArchitectureFlags, source: str) -> None:
+    """Compare every flag that was passed and describes the model.
 
-
-def _check_architecture(config: ModelConfig, flags: ArchitectureFlags, source: str) -> None:
+    Raises:
+        UsageError: one of them contradicts ``source``.
+    """
     for field, flag, word in _COMPARED:
         passed, found = getattr(flags, field), getattr(config, field)
+        if field == "qk_layernorm" and config.latent is not None:
+            continue  # the peer's word for the norms of the latents, which every such model has
         if passed is not None and found is not None and passed != found:
-            raise _disagree(flag, passed, source, found, word)
+            raise disagree(flag, passed, source, found, word)
     if flags.untie_embeddings_and_output_weights and config.tied_embeddings:
-        raise _disagree("--untie-embeddings-and-output-weights", "", source, True, "tie_word_embeddings")
+        raise disagree("--untie-embeddings-and-output-weights", True, source, True, "tie_word_embeddings")
     if flags.add_qkv_bias and not config.qkv_bias:
-        raise _disagree("--add-qkv-bias", "", source, "none", "qkv bias")
+        raise disagree("--add-qkv-bias", True, source, "none", "qkv bias")
     if flags.padded_vocab_size is not None and flags.padded_vocab_size < config.vocab_size:
-        raise _disagree("--padded-vocab-size", flags.padded_vocab_size, source, config.vocab_size, "vocab_size")
+        raise disagree("--padded-vocab-size", flags.padded_vocab_size, source, config.vocab_size, "vocab_size")
+    check_special_flags(config, flags, source)
 
 
 def resolve_model_config(base: Base, flags: ArchitectureFlags, tensor_parallel_size: int = 1) -> ModelConfig:
@@ -59,7 +63,7 @@ def resolve_model_config(base: Base, flags: ArchitectureFlags, tensor_parallel_s
     config = base.model_config
     check_can_run(config, str(base.path))
     check_experts(config, Layout(tensor_parallel_size))
-    _check_architecture(config, flags, f"{base.path}")
+    check_architecture(config, flags, f"{base.path}")
     if config.rotary_base is None:
         if flags.rotary_base is None:
             raise CheckpointError(
@@ -98,11 +102,9 @@ def resolve_lora(flags: LoraFlags | None, adapter: Adapter | None, table: Weight
     for flag, value, found in (("--lora-r", passed.r, known.r), ("--lora-alpha", passed.alpha, known.alpha)):
         if value is not None and value != found:
             said = f"{found:g}" + (" (and others in some of its linears)" if known.modules else "")
-            raise _disagree(flag, value, f"--lora-load {adapter.path}", said, flag.removeprefix("--lora-"))
+            raise disagree(flag, value, f"--lora-load {adapter.path}", said, flag.removeprefix("--lora-"))
     if passed.targets and set(passed.targets) != set(known.targets):
-        raise _disagree(
-            "--lora-target-modules", " ".join(passed.targets), f"--lora-load {adapter.path}", " ".join(known.targets), "targets"
-        )
+        raise disagree("--lora-target-modules", " ".join(passed.targets), f"--lora-load {adapter.path}", " ".join(known.targets), "targets")
     return known
 
 
