@@ -13,6 +13,7 @@ from engine_helpers import SPEC, batch, lora_b_parts
 
 from mindspeed_lora.lora.inject import kaiming_uniform
 from mindspeed_lora.weights.families import model_config_from_hf
+from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.sources import open_base
 from mindspeed_lora.weights.table import Row, WeightTable
 
@@ -32,7 +33,7 @@ def adapter_parts(row: Row, layer: int | None, r: int) -> tuple[torch.Tensor, li
     return kaiming_uniform(a_name, 7, r, row.part_shapes[0][1]), lora_b_parts(row, layer, r)
 
 
-def merged_folder(folder: Path, target: Path) -> Path:
+def merged_folder(folder: Path, target: Path, spec: LoraSpec = SPEC) -> Path:
     """A Hugging Face folder of the same model with the test's adapter merged in."""
     from safetensors.torch import save_file
 
@@ -40,9 +41,9 @@ def merged_folder(folder: Path, target: Path) -> Path:
     tensors = {}
     for row, layer in table.entries():
         parts = [part.clone() for part in base.parts(row, layer)]
-        if row.module in SPEC.targets:
-            a, b_parts = adapter_parts(row, layer, SPEC.r)
-            parts = [part + SPEC.scale * b @ a for part, b in zip(parts, b_parts, strict=True)]
+        if row.module in spec.targets:
+            a, b_parts = adapter_parts(row, layer, spec.r)
+            parts = [part + spec.scale * b @ a for part, b in zip(parts, b_parts, strict=True)]
         tensors |= dict(zip(row.hf_names(layer), parts, strict=True))
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_bytes((folder / "config.json").read_bytes())
@@ -85,16 +86,16 @@ def reference_gradients(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
     return loss.item(), gradients
 
 
-def expected_lora_gradients(merged: Path, table: WeightTable) -> tuple[float, dict[str, torch.Tensor]]:
+def expected_lora_gradients(merged: Path, table: WeightTable, spec: LoraSpec = SPEC) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss, and dA, dB by our names, whole: dA is the sum over the fused parts, dB the parts' rows behind one another."""
     loss, by_name = reference_gradients(merged)
     expected = {}
-    for row, layer in table.target_entries(SPEC.targets):
-        a, b_parts = adapter_parts(row, layer, SPEC.r)
+    for row, layer in table.target_entries(spec.targets):
+        a, b_parts = adapter_parts(row, layer, spec.r)
         gradients = [by_name[usual_name(name)] for name in row.hf_names(layer)]
         stem = row.name(layer).removesuffix("weight")
-        expected[f"{stem}lora_A.default.weight"] = SPEC.scale * sum(
+        expected[f"{stem}lora_A.default.weight"] = spec.scale * sum(
             b.t() @ gradient for b, gradient in zip(b_parts, gradients, strict=True)
         )
-        expected[f"{stem}lora_B.default.weight"] = SPEC.scale * torch.cat([gradient @ a.t() for gradient in gradients])
+        expected[f"{stem}lora_B.default.weight"] = spec.scale * torch.cat([gradient @ a.t() for gradient in gradients])
     return loss, expected

@@ -28,6 +28,17 @@ def golden() -> Path:
     return _shared("MINDSPEED_LORA_TEST_GOLDEN", "golden")
 
 
+YARN = {  # of DeepSeek's kind, with temperatures that differ: one scales cos and sin, both the scores
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 1.5,
+}
+
+
 def tiny_config(family: str, **overrides: Any) -> Any:
     """A transformers config of 4 layers with GQA and a head_dim that is not hidden / heads (qwen3)."""
     import transformers
@@ -49,6 +60,19 @@ def tiny_config(family: str, **overrides: Any) -> Any:
         tie_word_embeddings=False,
     )
     experts: dict[str, Any] = dict(num_experts_per_tok=2, moe_intermediate_size=32)
+    latent: dict[str, Any] = dict(
+        experts,
+        num_key_value_heads=8,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        n_routed_experts=8,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.5,
+        rope_scaling=YARN,
+    )
     name, own = {
         "qwen3": ("Qwen3Config", {"head_dim": 16}),
         "llama": ("LlamaConfig", {}),
@@ -56,8 +80,13 @@ def tiny_config(family: str, **overrides: Any) -> Any:
         "mistral": ("MistralConfig", {}),
         "mixtral": ("MixtralConfig", dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None)),
         "qwen2_moe": ("Qwen2MoeConfig", dict(experts, num_experts=4, shared_expert_intermediate_size=48)),
+        "deepseek_v2_lite": ("DeepseekV2Config", dict(latent, q_lora_rank=None)),
+        "deepseek_v2": ("DeepseekV2Config", dict(latent, q_lora_rank=24, topk_method="group_limited_greedy", n_group=4, topk_group=2)),
+        "deepseek_v3": ("DeepseekV3Config", dict(latent, q_lora_rank=24, n_group=4, topk_group=2, n_shared_experts=1)),
         "qwen3_moe": ("Qwen3MoeConfig", dict(experts, num_experts=8, head_dim=16, norm_topk_prob=True, mlp_only_layers=[1])),
     }[family]
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     return getattr(transformers, name)(**{**shape, **own, **overrides})
 
 
@@ -76,6 +105,9 @@ def make_model(path: Path, family: str = "qwen3", dtype: str = "float32", seed: 
                 parameter.normal_(0.0, 0.5)  # a router that decides: rounding flips no choice
             elif parameter.dim() >= 2:
                 parameter.mul_(3.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.1)
     model.to(getattr(torch, dtype)).save_pretrained(path)
     return Path(path)
 

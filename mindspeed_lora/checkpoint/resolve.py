@@ -7,7 +7,7 @@ from dataclasses import replace
 from mindspeed_lora.arguments.configs import ArchitectureFlags, LoraFlags
 from mindspeed_lora.checkpoint.resolve_experts import check_special_flags, disagree
 from mindspeed_lora.errors import CheckpointError, UsageError
-from mindspeed_lora.weights.config import Layout, ModelConfig, check_can_run
+from mindspeed_lora.weights.config import Layout, ModelConfig
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.placement import check_experts
 from mindspeed_lora.weights.sources import Adapter, Base
@@ -61,7 +61,6 @@ def resolve_model_config(base: Base, flags: ArchitectureFlags, tensor_parallel_s
         CheckpointError: nobody knows the sizes or the rotary base.
     """
     config = base.model_config
-    check_can_run(config, str(base.path))
     check_experts(config, Layout(tensor_parallel_size))
     check_architecture(config, flags, f"{base.path}")
     if config.rotary_base is None:

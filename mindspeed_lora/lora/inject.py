@@ -14,7 +14,7 @@ from mindspeed_lora.errors import UsageError
 from mindspeed_lora.model.stage import GPTStage
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.grouped import GroupedLinear
-from mindspeed_lora.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from mindspeed_lora.parallel.layers import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from mindspeed_lora.weights.lora_blocks import block_masks, column_scales
 from mindspeed_lora.weights.lora_spec import LoraSpec, ModuleLora
 from mindspeed_lora.weights.table import WeightTable, named_slices
@@ -50,7 +50,7 @@ def inject_lora(
     linears = [
         name.removesuffix(".base_layer")
         for name, module in stage.named_modules()
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear, GroupedLinear))
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear, GroupedLinear))
     ]
     if any(".local_experts." in name for name in spec.modules):
         raise UsageError(
@@ -83,7 +83,7 @@ def _inject(stage: nn.Module, spec: LoraSpec, adapted: Mapping[str, ModuleLora],
     from peft import LoraConfig, inject_adapter_in_model
 
     from mindspeed_lora.lora.experts import GroupedLoraLinear
-    from mindspeed_lora.lora.layers import ParallelLoraLinear
+    from mindspeed_lora.lora.layers import ParallelLoraLinear, ReplicatedLoraLinear
 
     config = LoraConfig(
         r=spec.r,
@@ -94,7 +94,12 @@ def _inject(stage: nn.Module, spec: LoraSpec, adapted: Mapping[str, ModuleLora],
         bias="none",
     )
     config._register_custom_module(
-        {ColumnParallelLinear: ParallelLoraLinear, RowParallelLinear: ParallelLoraLinear, GroupedLinear: GroupedLoraLinear}
+        {
+            ColumnParallelLinear: ParallelLoraLinear,
+            RowParallelLinear: ParallelLoraLinear,
+            ReplicatedLinear: ReplicatedLoraLinear,
+            GroupedLinear: GroupedLoraLinear,
+        }
     )
     inject_adapter_in_model(config, stage, adapter_name)
 

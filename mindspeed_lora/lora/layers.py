@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from mindspeed_lora.lora.functions import ColumnLora, KeepBlocks, RowLora, Scale, scaled
-from mindspeed_lora.parallel.layers import ColumnParallelLinear, RowParallelLinear, enter_column, leave_row
+from mindspeed_lora.parallel.layers import EVERY, ColumnParallelLinear, ReplicatedLinear, RowParallelLinear, enter_column, leave_row
 
 
 class ParallelLoraLinear(nn.Module, LoraLayer):
@@ -87,6 +87,10 @@ class ParallelLoraLinear(nn.Module, LoraLayer):
         a, b, scale = self._adapter(name)
         return (*self.reference, scale) if self.is_reference and self.reference is not None else (a, b, scale)
 
+    def low_rank(self) -> tuple[torch.Tensor, torch.Tensor, Scale] | None:
+        """See :meth:`mindspeed_lora.parallel.layers.ColumnParallelLinear.low_rank`."""
+        return self._in_use()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As the base layer's, plus the active adapter's part (none while adapters are disabled)."""
         base, used = self.get_base_layer(), self._in_use()
@@ -107,6 +111,21 @@ class ParallelLoraLinear(nn.Module, LoraLayer):
         """Keep the adapter's present values as those of the reference."""
         (name,) = self.active_adapters
         self.reference = (self._weight(self.lora_A, name).detach().clone(), self._weight(self.lora_B, name).detach().clone())
+
+
+class ReplicatedLoraLinear(ParallelLoraLinear):
+    """The same around a :class:`mindspeed_lora.parallel.layers.ReplicatedLinear`: A and B whole on every rank, no collective."""
+
+    def forward(self, x: torch.Tensor, outputs: slice = EVERY) -> torch.Tensor:
+        """As the base layer's, plus the adapter's part of those outputs."""
+        base, used = self.get_base_layer(), self._in_use()
+        assert isinstance(base, ReplicatedLinear)
+        if used is None:
+            return base(x, outputs)
+        a, b, scale = used
+        if self.fusion:
+            return ColumnLora.apply(x, base.weight[outputs], None, a, b[outputs], scale, base.context)
+        return base(x, outputs) + _low_rank(linear(x, a), b[outputs], scale)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,14 +10,14 @@ import torch
 
 @dataclass
 class KVCache:
-    """Keys and values of this rank's layers, by global layer number, each ``[b, g/t, total, d]``.
+    """What attention remembers of this rank's layers, by global layer number: keys and values, each ``[b, g/t, total, d]``, or
+    with latent attention the latents ``[b, 1, total, c + p]``.
 
     Storage grows by doubling, so that appending a token copies only the token.
     """
 
     length: int = 0
-    _keys: dict[int, torch.Tensor] = field(default_factory=dict)
-    _values: dict[int, torch.Tensor] = field(default_factory=dict)
+    _stores: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
     @staticmethod
     def _room(store: torch.Tensor | None, new: torch.Tensor, used: int) -> torch.Tensor:
@@ -28,17 +29,18 @@ class KVCache:
             grown[:, :, :used] = store[:, :, :used]
         return grown
 
-    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add ``[b, g/t, s, d]`` behind what ``layer`` holds and return all of it; :meth:`advance` ends the step."""
-        end = self.length + key.shape[2]
-        for store, new in ((self._keys, key), (self._values, value)):
-            store[layer] = self._room(store.get(layer), new, self.length)
-            store[layer][:, :, self.length : end] = new
-        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
+    def append(self, layer: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Add ``[b, g/t, s, d]`` behind each of what ``layer`` holds and return all of it; :meth:`advance` ends the step."""
+        before: Sequence[torch.Tensor | None] = self._stores.get(layer) or [None] * len(new)
+        stores = self._stores[layer] = [self._room(store, tensor, self.length) for store, tensor in zip(before, new, strict=True)]
+        end = self.length + new[0].shape[2]
+        for store, tensor in zip(stores, new, strict=True):
+            store[:, :, self.length : end] = tensor
+        return tuple(store[:, :, :end] for store in stores)
 
-    def held(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values that ``layer`` holds, each ``[b, g/t, length, d]``."""
-        return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
+    def held(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """What ``layer`` holds, each ``[b, g/t, length, d]``."""
+        return tuple(store[:, :, : self.length] for store in self._stores[layer])
 
     def advance(self, num_tokens: int) -> None:
         """Count the step's tokens, once every layer has appended them."""
@@ -46,9 +48,8 @@ class KVCache:
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Take batch rows ``rows`` (beam search)."""
-        for store in (self._keys, self._values):
-            for layer, tensor in store.items():
-                store[layer] = tensor.index_select(0, rows.to(tensor.device))
+        for layer, stores in self._stores.items():
+            self._stores[layer] = [store.index_select(0, rows.to(store.device)) for store in stores]
 
     def crop(self, length: int) -> None:
         """Forget everything from position ``length`` on."""
@@ -57,22 +58,20 @@ class KVCache:
     def reset(self) -> None:
         """Forget everything."""
         self.length = 0
-        self._keys.clear()
-        self._values.clear()
+        self._stores.clear()
 
 
 class SharedPrefix:
-    """Keys and values of one prefix ``[1, g/t, prefix, d]`` that every row of a batch stands behind; nothing is added to them."""
+    """What is held of one prefix ``[1, g/t, prefix, d]`` that every row of a batch stands behind; nothing is added to it."""
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
         self.length = cache.length
 
-    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prefix's keys and values with ``[b, g/t, s, d]`` behind them in each row."""
-        before = (held.expand(len(key), -1, -1, -1) for held in self._cache.held(layer))
-        keys, values = (torch.cat(pair, dim=2) for pair in zip(before, (key, value), strict=True))
-        return keys, values
+    def append(self, layer: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is held of the prefix with ``[b, g/t, s, d]`` behind it in each row."""
+        before = (held.expand(len(new[0]), -1, -1, -1) for held in self._cache.held(layer))
+        return tuple(torch.cat(pair, dim=2) for pair in zip(before, new, strict=True))
 
     def advance(self, num_tokens: int) -> None:
         """The batch's own tokens are not kept."""

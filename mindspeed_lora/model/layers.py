@@ -9,24 +9,12 @@ from torch.utils.checkpoint import checkpoint
 from mindspeed_lora import ops
 from mindspeed_lora.model.decode import Attend, DecodeState, PackedDocuments
 from mindspeed_lora.model.experts import MixtureOfExperts
+from mindspeed_lora.model.latent_attention import LatentAttention
+from mindspeed_lora.model.norm import RMSNorm
+from mindspeed_lora.model.rotary import RotaryTables
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from mindspeed_lora.weights.config import ModelConfig
-
-RotaryTables = tuple[torch.Tensor, torch.Tensor]
-
-
-class RMSNorm(nn.Module):
-    """Over the last dim, weight ``[size]``, statistics in fp32."""
-
-    def __init__(self, size: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.epsilon = config.norm_epsilon
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=context.device))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Any shape that ends in ``size`` -> the same."""
-        return ops.rms_norm(x, self.weight, self.epsilon)
 
 
 class SelfAttention(nn.Module):
@@ -139,7 +127,8 @@ class TransformerLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, context: ParallelContext, dtype: torch.dtype, recompute_core: bool = False) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config, context, dtype)
-        self.self_attention = SelfAttention(config, layer, context, dtype, recompute_core)
+        attention = LatentAttention if config.latent else SelfAttention
+        self.self_attention = attention(config, layer, context, dtype, recompute_core)
         self.pre_mlp_layernorm = RMSNorm(config.hidden_size, config, context, dtype)
         self.mlp = (MixtureOfExperts if config.has_experts(layer) else MLP)(config, context, dtype)
 

@@ -19,8 +19,9 @@ from mindspeed_lora import ops
 from mindspeed_lora.arguments.configs import RecomputeFlags
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.model.decode import Attend, DecodeState, PackedDocuments
-from mindspeed_lora.model.layers import RMSNorm, RotaryTables, TransformerLayer
-from mindspeed_lora.model.rotary import inverse_frequencies, rotary_tables
+from mindspeed_lora.model.layers import TransformerLayer
+from mindspeed_lora.model.norm import RMSNorm
+from mindspeed_lora.model.rotary import RotaryTables, inverse_frequencies, rotary_scale, rotary_tables
 from mindspeed_lora.parallel.collectives import all_gather_dim0
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.cross_entropy import linear_cross_entropy
@@ -53,8 +54,10 @@ class Decoder(nn.Module):
         storage: BaseStorage | None,
     ) -> None:
         super().__init__()
-        if storage is not None and config.experts is not None:
-            raise UsageError("--fsdp-base and --qlora hold the linears of dense layers; leave them out for a model with experts")
+        if storage is not None and (config.experts is not None or config.latent is not None):
+            raise UsageError(
+                "--fsdp-base and --qlora hold the linears of dense layers; leave them out for a model with experts or latent attention"
+            )
         core = recompute.granularity == "selective"
         self.layers = nn.ModuleDict()
         for number in layers:
@@ -115,7 +118,7 @@ class GPTStage(nn.Module):
         self.decoder = Decoder(config, layers, is_last, context, dtype, recompute or RecomputeFlags(), storage)
         if is_last and not (is_first and config.tied_embeddings):
             self.output_layer = ColumnParallelLinear(config.hidden_size, config.padded_vocab_size, context, dtype=dtype)
-        self.inverse_frequencies = inverse_frequencies(config).to(context.device)
+        self.inverse_frequencies, self.rotary_scale = inverse_frequencies(config).to(context.device), rotary_scale(config)
 
     @property
     def experts(self) -> range:
@@ -160,7 +163,7 @@ class GPTStage(nn.Module):
             length = x.shape[1] if self.is_first else x.shape[0] * whole
             positions = torch.arange(length, device=x.device).unsqueeze(0)
         hidden = self.embedding.word_embeddings(x) if self.is_first else x
-        rotary = rotary_tables(self.inverse_frequencies, positions, hidden.dtype)
+        rotary = rotary_tables(self.inverse_frequencies, positions, hidden.dtype, self.rotary_scale)
         attend = decode if document_ends is None else PackedDocuments(document_ends.tolist())
         hidden = self.decoder(hidden, rotary, attend)
         if decode is not None and decode.cache is not None:

@@ -50,15 +50,33 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return _kernels(x).swiglu(x)
 
 
+def _as_wide(value: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """``value`` with zeros behind each head up to the queries' head dim, the only shape that flash attention has."""
+    missing = query.shape[-1] - value.shape[-1]
+    return torch.nn.functional.pad(value, (0, missing)) if missing else value
+
+
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None, is_causal: bool = True
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.attention`."""
-    return _kernels(query).attention(query, key, value, mask, is_causal)
+    output = _kernels(query).attention(query, key, _as_wide(value, query), mask, is_causal, scale)
+    return output[..., : value.shape[-1]]
 
 
 def document_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: Sequence[Sequence[int]], window: int | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: Sequence[Sequence[int]],
+    window: int | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.document_attention`."""
-    return _kernels(query).document_attention(query, key, value, ends, window)
+    output = _kernels(query).document_attention(query, key, _as_wide(value, query), ends, window, scale)
+    return output[..., : value.shape[-1]]

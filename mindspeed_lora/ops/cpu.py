@@ -29,14 +29,24 @@ def _widened(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tup
 
 
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None, is_causal: bool = True
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.attention`."""
-    return eager.attention(*_widened(query, key, value), mask, is_causal).to(query.dtype)
+    return eager.attention(*_widened(query, key, value), mask, is_causal, scale).to(query.dtype)
 
 
 def document_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: Sequence[Sequence[int]], window: int | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: Sequence[Sequence[int]],
+    window: int | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.document_attention`."""
-    return eager.document_attention(*_widened(query, key, value), ends, window).to(query.dtype)
+    return eager.document_attention(*_widened(query, key, value), ends, window, scale).to(query.dtype)

@@ -51,20 +51,25 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 
 
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None, is_causal: bool = True
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Softmax attention with grouped queries.
 
     Args:
-        query: ``[b, n, s, d]``; key, value: ``[b, g, s_k, d]`` with g dividing n.
+        query: ``[b, n, s, d]``; key: ``[b, g, s_k, d]`` with g dividing n; value: ``[b, g, s_k, d_v]``.
         mask: bool ``[b, 1, s, s_k]``, True = may attend; None: causal (``is_causal``) or everything.
+        scale: of the scores; None: ``1 / sqrt(d)``.
 
     Returns:
-        ``[b, n, s, d]``.
+        ``[b, n, s, d_v]``.
     """
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=is_causal and mask is None, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    causal, grouped = is_causal and mask is None, query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
 def band_mask(length: int, seen: int, window: int, device: torch.device) -> torch.Tensor:
@@ -74,24 +79,30 @@ def band_mask(length: int, seen: int, window: int, device: torch.device) -> torc
 
 
 def document_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: Sequence[Sequence[int]], window: int | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: Sequence[Sequence[int]],
+    window: int | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Causal attention inside each document of a packed row; documents never see each other.
 
     Args:
-        query, key, value: as for :func:`attention`, all of one length s.
+        query, key, value, scale: as for :func:`attention`, all of one length s.
         ends: for each row the cumulative ends of its documents, the last one s; empty documents are skipped.
         window: positions a position may attend to, itself included; None: all before it.
 
     Returns:
-        ``[b, n, s, d]``.
+        ``[b, n, s, d_v]``.
     """
     rows = []
     for row, row_ends in enumerate(ends):
         bounds = sorted({0, *row_ends})
         pieces = [(slice(row, row + 1), slice(None), slice(start, end)) for start, end in itertools.pairwise(bounds)]
         masks = [_document_mask(end - start, window, query.device) for start, end in itertools.pairwise(bounds)]
-        rows.append(torch.cat([attention(query[p], key[p], value[p], mask) for p, mask in zip(pieces, masks, strict=True)], dim=2))
+        parts = [attention(query[p], key[p], value[p], mask, scale=scale) for p, mask in zip(pieces, masks, strict=True)]
+        rows.append(torch.cat(parts, dim=2))
     return torch.cat(rows)
 
 

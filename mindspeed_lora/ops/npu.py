@@ -33,8 +33,17 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return load_torch_npu().npu_swiglu(x, dim=-1)
 
 
+def _scale(query: torch.Tensor, scale: float | None) -> float:
+    return 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+
+
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None, is_causal: bool = True
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """As :func:`mindspeed_lora.ops.eager.attention`; the kernel's mask is True where a key is hidden."""
     hidden, sparse_mode = None, 0
@@ -43,12 +52,17 @@ def attention(
     elif is_causal and query.shape[2] > 1:
         hidden, sparse_mode = _causal_mask(query.device), 3
     return load_torch_npu().npu_fusion_attention(
-        query, key, value, query.shape[1], "BNSD", atten_mask=hidden, scale=1.0 / math.sqrt(query.shape[-1]), sparse_mode=sparse_mode
+        query, key, value, query.shape[1], "BNSD", atten_mask=hidden, scale=_scale(query, scale), sparse_mode=sparse_mode
     )[0]
 
 
 def document_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: Sequence[Sequence[int]], window: int | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: Sequence[Sequence[int]],
+    window: int | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """As :func:`mindspeed_lora.ops.eager.document_attention`: all rows behind one another, cut at the cumulative ends."""
     batch, heads, length, channels = query.shape
@@ -62,7 +76,7 @@ def document_attention(
         heads,
         "TND",
         atten_mask=_causal_mask(query.device),
-        scale=1.0 / math.sqrt(channels),
+        scale=_scale(query, scale),
         actual_seq_qlen=cumulative,
         actual_seq_kvlen=cumulative,
         **band,

@@ -4,12 +4,15 @@
 |------------------------|-----------------|--------------------------|-----------------------------------------|
 | ColumnParallelLinear   | [out/t, in]     | [s, b, in] (SP: [s/t..]) | [s, b, out/t]                           |
 | RowParallelLinear      | [out, in/t]     | [s, b, in/t]             | [s, b, out] (SP: [s/t, b, out])         |
+| ReplicatedLinear       | [out, in]       | [s or s/t, b, in]        | of the same rows                        |
 | VocabParallelEmbedding | [v/t, h]        | ids [b, s]               | [s, b, h] (SP: [s/t, b, h])             |
 
 SP = ``context.sequence_parallel``. Source: Shoeybi et al., "Megatron-LM" (2019).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,8 @@ from torch import nn
 from mindspeed_lora import ops
 from mindspeed_lora.parallel.collectives import copy_to_tp, gather_from_sequence, reduce_from_tp, scatter_to_sequence
 from mindspeed_lora.parallel.context import ParallelContext
+
+EVERY = slice(None)
 
 
 def enter_column(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
@@ -40,6 +45,10 @@ class _ParallelLinear(nn.Module):
         self.in_features, self.out_features, self.context = in_features, out_features, context
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=context.device))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=context.device)) if bias else None
+
+    def low_rank(self) -> tuple[torch.Tensor, torch.Tensor, float | torch.Tensor] | None:
+        """A ``[r, in]``, B ``[out, r]`` and scale of what is added to the weight; None: nothing. LoRA layers have it too."""
+        return None
 
 
 class ColumnParallelLinear(_ParallelLinear):
@@ -64,6 +73,17 @@ class RowParallelLinear(_ParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[s, b, in/t]`` -> ``[s, b, out]`` (SP: ``[s/t, b, out]``)."""
         return leave_row(ops.linear(x, self.weight), self.context)
+
+
+class ReplicatedLinear(_ParallelLinear):
+    """``y = x W^T`` on every rank for its own x, all outputs or some; whoever calls it knows whose gradients are then partial."""
+
+    def __init__(self, in_size: int, out_size: int, context: ParallelContext, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(in_size, out_size, replace(context, tp_group=None, sequence_parallel=False), False, dtype)
+
+    def forward(self, x: torch.Tensor, outputs: slice = EVERY) -> torch.Tensor:
+        """``[..., in]`` -> ``[..., out]``, or those of ``outputs``."""
+        return ops.linear(x, self.weight[outputs])
 
 
 class VocabParallelEmbedding(nn.Module):

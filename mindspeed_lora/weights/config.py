@@ -48,6 +48,7 @@ class LatentShape:
     nope_head_dim: int  # qk_nope_head_dim
     rope_head_dim: int  # qk_rope_head_dim
     value_head_dim: int  # v_head_dim
+    interleaved: bool = True  # rope_interleave: rotary pairs lie side by side, (0, 1), (2, 3), ...; else half the size apart
 
     @property
     def query_head_dim(self) -> int:
@@ -108,19 +109,6 @@ class ModelConfig:
             raise UsageError(f"--make-vocab-size-divisible-by {divisor} must be at least 1")
         multiple = divisor * tensor_parallel_size
         return replace(self, padded_vocab_size=-(-self.vocab_size // multiple) * multiple)
-
-
-def check_can_run(config: ModelConfig, source: str) -> None:
-    """Whether the model can be trained and asked here, not only converted.
-
-    Raises:
-        UsageError: it has latent attention.
-    """
-    if config.latent:
-        raise UsageError(
-            f"--load {source}: a {config.family} model has latent attention; such models can be converted here, "
-            "but not yet be trained, asked or scored: load a model of another family (Qwen3, Qwen2, Llama, Mistral, Mixtral, Qwen-MoE)"
-        )
 
 
 @dataclass(frozen=True)

@@ -80,4 +80,5 @@ def latent_shape(values: Mapping[str, Any]) -> LatentShape:
         nope_head_dim=_size(values, "qk_nope_head_dim"),
         rope_head_dim=_size(values, "qk_rope_head_dim"),
         value_head_dim=_size(values, "v_head_dim"),
+        interleaved=values.get("model_type") != "deepseek_v3" or bool(values.get("rope_interleave", True)),
     )

@@ -136,32 +136,33 @@ _ATTENTION_ROWS = (
     _norm(_ATTENTION + "k_layernorm.weight", _HF_ATTENTION + "k_norm.weight", "d", "always", lambda config: config.qk_layernorm),
 )
 
+
+def _down(queries: str, grad_sum: str, when: Callable[[ModelConfig], bool]) -> tuple[RowSpec, RowSpec]:
+    """Latent attention's down projection and the norm of its key-value latent, whole on every rank (model/latent_attention.py).
+
+    With a latent for the queries each rank computes its part of the sequence ("sp"); without one, its heads' queries ("always").
+    """
+    hf = (f"{_HF_ATTENTION}{queries}.weight", _HF_ATTENTION + "kv_a_proj_with_mqa.weight")
+    return (
+        RowSpec(_ATTENTION + "linear_qkv.weight", hf, ("ah", "mh"), grad_sum=grad_sum, module="linear_qkv", when=when),
+        _norm(_ATTENTION + "kv_layernorm.weight", _HF_ATTENTION + "kv_a_layernorm.weight", "c", grad_sum, when),
+    )
+
+
+def _up(name: str, hf: str, dims: str, when: Callable[[ModelConfig], bool]) -> RowSpec:
+    return RowSpec(f"{_ATTENTION}{name}.weight", (f"{_HF_ATTENTION}{hf}.weight",), (dims,), axis=0, module=name, linear=True, when=when)
+
+
+_Q_NORM = _norm(_ATTENTION + "q_layernorm.weight", _HF_ATTENTION + "q_a_layernorm.weight", "a", "sp", _latent_queries)
+_LATENT_DOWN, _DIRECT_DOWN = _down("q_a_proj", "sp", _latent_queries), _down("q_proj", "always", _direct_queries)
 _LATENT_ROWS = (
-    RowSpec(
-        _ATTENTION + "linear_qkv.weight",
-        (_HF_ATTENTION + "q_a_proj.weight", _HF_ATTENTION + "kv_a_proj_with_mqa.weight"),
-        ("ah", "mh"),
-        module="linear_qkv",
-        when=_latent_queries,
-    ),
-    RowSpec(
-        _ATTENTION + "linear_qkv.weight",
-        (_HF_ATTENTION + "q_proj.weight", _HF_ATTENTION + "kv_a_proj_with_mqa.weight"),
-        ("ah", "mh"),
-        module="linear_qkv",
-        when=_direct_queries,
-    ),
-    _norm(_ATTENTION + "q_layernorm.weight", _HF_ATTENTION + "q_a_layernorm.weight", "a", "sp", _latent_queries),
-    _norm(_ATTENTION + "kv_layernorm.weight", _HF_ATTENTION + "kv_a_layernorm.weight", "c", "sp", _latent),
-    RowSpec(
-        _ATTENTION + "linear_q_up_proj.weight",
-        (_HF_ATTENTION + "q_b_proj.weight",),
-        ("ua",),
-        axis=0,
-        linear=True,
-        when=_latent_queries,
-    ),
-    RowSpec(_ATTENTION + "linear_kv_up_proj.weight", (_HF_ATTENTION + "kv_b_proj.weight",), ("wc",), axis=0, linear=True, when=_latent),
+    _LATENT_DOWN[0],
+    _DIRECT_DOWN[0],
+    _Q_NORM,
+    _LATENT_DOWN[1],
+    _DIRECT_DOWN[1],
+    _up("linear_q_up_proj", "q_b_proj", "ua", _latent_queries),
+    _up("linear_kv_up_proj", "kv_b_proj", "wc", _latent),
 )
 
 _MIXTRAL, _QWEN2, _DEEPSEEK = _family("mixtral"), _family("qwen2_moe"), _family("deepseek_v2", "deepseek_v3")

@@ -117,7 +117,7 @@ def _resolve_all(config: ModelConfig) -> list[Row]:
 
 
 def adapter_rows(base: Row) -> tuple[LoraRow, LoraRow]:
-    """Column-parallel base: A whole, B cut like the base. Row-parallel base: A cut, B whole. Replicated base: both whole."""
+    """Of a column-parallel base A is whole and B cut like the base; of a row-parallel one A cut, B whole; of a replicated one both are."""
     stem = base.megatron.removesuffix("weight")
     a_shape = ((LORA_RANK, base.part_shapes[0][1]),)
     b_shapes = tuple((shape[0], LORA_RANK) for shape in base.part_shapes)
@@ -127,6 +127,7 @@ def adapter_rows(base: Row) -> tuple[LoraRow, LoraRow]:
         return tuple(f"base_model.model.{name.removesuffix('weight')}lora_{matrix}.weight" for name in base.hf)
 
     inside = base.expert is not None or ".shared_experts." in base.megatron  # of a mixture, which is summed over TP as a whole
+    a_sum, b_sum = {0: ("always", "never"), 1: ("never", "always" if inside else "sp"), None: (base.grad_sum, base.grad_sum)}[base.axis]
 
     a_row = LoraRow(
         f"{stem}lora_A.default.weight",
@@ -135,7 +136,7 @@ def adapter_rows(base: Row) -> tuple[LoraRow, LoraRow]:
         1 if base.axis == 1 else None,
         "whole",
         base.place,
-        "always" if column else "never",
+        a_sum,
         base.module,
         groups=base.groups,
         layers=base.layers,
@@ -150,7 +151,7 @@ def adapter_rows(base: Row) -> tuple[LoraRow, LoraRow]:
         0 if column else None,
         base.unit,
         base.place,
-        "never" if column else "always" if inside else "sp",
+        b_sum,
         base.module,
         groups=base.groups,
         layers=base.layers,
