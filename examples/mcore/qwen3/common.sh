@@ -1,12 +1,14 @@
-# What the Qwen3-8B scripts beside this file share: the model's sizes, and examples/mcore/shared.sh. Sourced, not run.
+# Qwen3-8B: what its scripts differ in from other families'. Sourced, not run.
 
-source "$(dirname "${BASH_SOURCE[0]}")/../shared.sh"
+FAMILY=qwen3
+MODEL=qwen3-8b
+MODEL_TYPE_HF=qwen3
+PROMPT_TYPE=qwen3
 
-# Qwen3-8B. The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
+# The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
 MODEL_ARGS=(
     --use-mcore-models
     --spec mindspeed_llm.tasks.models.spec.qwen3_spec layer_spec
-    --transformer-impl local
     --num-layers 36
     --hidden-size 4096
     --ffn-hidden-size 12288
@@ -15,20 +17,15 @@ MODEL_ARGS=(
     --num-query-groups 8
     --kv-channels 128
     --qk-layernorm
-    --untie-embeddings-and-output-weights
     --padded-vocab-size 151936
-    --make-vocab-size-divisible-by 1
     --max-position-embeddings 40960
-    --position-embedding-type rope
-    --use-rotary-position-embeddings
     --rotary-base 1000000
-    --normalization RMSNorm
     --norm-epsilon 1e-6
+    --untie-embeddings-and-output-weights
+    --position-embedding-type rope
+    --normalization RMSNorm
     --swiglu
     --disable-bias-linear
-    --attention-dropout 0.0
-    --hidden-dropout 0.0
-    --attention-softmax-in-fp32
-    --no-masked-softmax-fusion
-    --no-gradient-accumulation-fusion
 )
+
+source "$(dirname "${BASH_SOURCE[0]}")/../shared.sh"

@@ -1,41 +1,6 @@
 #!/usr/bin/env bash
 # Step 5. Qwen3-8B with its adapter, unmerged, on MMLU, 5-shot, or other benchmarks. Beside the base: --compare-base.
-#   CHECKPOINT      Megatron or Hugging Face folder  (./model_weights/qwen3_mcore)
-#   CHECKPOINT_LORA the adapter that step 3 saved    (./ckpt/qwen3-8b-lora)
-#   TOKENIZER_PATH  folder with the tokenizer        (./model_from_hf/qwen3_hf)
-#   DATA_PATH       root of MMLU, or its test/       (./mmlu/test)
-#   TASK            one or several in quotes; then DATA_PATH has a folder of each name (mmlu)
-#   TP, PP          layout of the run                (1, 2; the rest of the processes share the questions)
-#   NPUS_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   (8, 1, 0, localhost, 6000)
+# Variables: ../README.md. Arguments are appended to the command and win.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-CHECKPOINT="${CHECKPOINT:-./model_weights/qwen3_mcore}"
-CHECKPOINT_LORA="${CHECKPOINT_LORA:-./ckpt/qwen3-8b-lora}"
-TOKENIZER_PATH="${TOKENIZER_PATH:-./model_from_hf/qwen3_hf}"
-DATA_PATH="${DATA_PATH:-./mmlu/test}"
-TASK="${TASK:-mmlu}"
-read -r -a TASKS <<<"$TASK"
-NPUS_PER_NODE="${NPUS_PER_NODE:-8}"
-
-run_distributed evaluate_qwen3_8b_lora_ptd evaluation.py \
-    "${MODEL_ARGS[@]}" \
-    "${PARALLEL_ARGS[@]}" \
-    "${LORA_ARGS[@]}" \
-    --lora-fusion \
-    --lora-load "$CHECKPOINT_LORA" \
-    --load "$CHECKPOINT" \
-    --task "${TASKS[@]}" \
-    --task-data-path "$DATA_PATH" \
-    --no-chat-template \
-    --max-new-tokens 1 \
-    --tokenizer-type PretrainedFromHF \
-    --tokenizer-name-or-path "$TOKENIZER_PATH" \
-    --bf16 \
-    --use-flash-attn \
-    --seq-length 4096 \
-    --micro-batch-size 1 \
-    --seed 42 \
-    --no-load-optim \
-    --no-load-rng \
-    --exit-on-missing-checkpoint \
-    "$@"
+evaluate_lora "$@"

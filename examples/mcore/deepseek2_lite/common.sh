@@ -1,0 +1,27 @@
+# DeepSeek-V2-Lite-Chat: what its scripts differ in from other families'. Sourced, not run.
+
+FAMILY=deepseek2_lite
+MODEL=deepseek2-lite-16b
+MODEL_TYPE_HF=deepseek2-lite
+PROMPT_TYPE=deepseek2-lite
+PP="${PP:-1}" # 27 layers
+
+# The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
+MODEL_ARGS=(
+    --use-mcore-models
+    --num-layers 27
+    --hidden-size 2048
+    --ffn-hidden-size 10944
+    --num-attention-heads 16
+    --padded-vocab-size 102400
+    --max-position-embeddings 163840
+    --rotary-base 10000
+    --norm-epsilon 1e-6
+    --untie-embeddings-and-output-weights
+    --position-embedding-type rope
+    --normalization RMSNorm
+    --swiglu
+    --disable-bias-linear
+)
+
+source "$(dirname "${BASH_SOURCE[0]}")/../shared.sh"

@@ -1,0 +1,27 @@
+# DeepSeek-V3: what its scripts differ in from other families'. Sourced, not run.
+
+FAMILY=deepseek3
+MODEL=deepseek3-671b
+MODEL_TYPE_HF=deepseek3
+PROMPT_TYPE=deepseek3
+PP="${PP:-1}" # 61 layers
+
+# The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
+MODEL_ARGS=(
+    --use-mcore-models
+    --num-layers 61
+    --hidden-size 7168
+    --ffn-hidden-size 18432
+    --num-attention-heads 128
+    --padded-vocab-size 129280
+    --max-position-embeddings 163840
+    --rotary-base 10000
+    --norm-epsilon 1e-6
+    --untie-embeddings-and-output-weights
+    --position-embedding-type rope
+    --normalization RMSNorm
+    --swiglu
+    --disable-bias-linear
+)
+
+source "$(dirname "${BASH_SOURCE[0]}")/../shared.sh"

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Step 4. Talk with Mixtral-8x7B, with or without an adapter. q, quit, exit or Ctrl-D ends it; new or clear begins again.
+# Variables: ../README.md. Arguments are appended to the command and win.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+chat "$@"

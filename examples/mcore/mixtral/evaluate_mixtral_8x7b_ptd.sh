@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Step 5 without LoRA. Mixtral-8x7B on MMLU, 5-shot, or other benchmarks.
+# Variables: ../README.md. Arguments are appended to the command and win.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+evaluate "$@"

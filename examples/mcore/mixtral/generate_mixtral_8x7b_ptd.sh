@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Step 4 without LoRA. Mixtral-8x7B answers prompts.
+# Variables: ../README.md. Arguments are appended to the command and win.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+generate "$@"

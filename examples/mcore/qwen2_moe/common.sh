@@ -1,0 +1,30 @@
+# Qwen2-57B-A14B-Instruct: what its scripts differ in from other families'. Sourced, not run.
+
+FAMILY=qwen2_moe
+MODEL=qwen2-57b-a14b
+MODEL_TYPE_HF=qwen2-moe
+PROMPT_TYPE=qwen
+TP="${TP:-4}"
+
+# The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
+MODEL_ARGS=(
+    --use-mcore-models
+    --num-layers 28
+    --hidden-size 3584
+    --ffn-hidden-size 18944
+    --num-attention-heads 28
+    --group-query-attention
+    --num-query-groups 4
+    --add-qkv-bias
+    --padded-vocab-size 151936
+    --max-position-embeddings 32768
+    --rotary-base 1000000
+    --norm-epsilon 1e-6
+    --untie-embeddings-and-output-weights
+    --position-embedding-type rope
+    --normalization RMSNorm
+    --swiglu
+    --disable-bias-linear
+)
+
+source "$(dirname "${BASH_SOURCE[0]}")/../shared.sh"

@@ -1,0 +1,32 @@
+# Qwen3-30B-A3B: what its scripts differ in from other families'. Sourced, not run.
+
+FAMILY=qwen3_moe
+MODEL=qwen3-30b-a3b
+MODEL_TYPE_HF=qwen3-moe
+PROMPT_TYPE=qwen3
+TP="${TP:-4}"
+
+# The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
+MODEL_ARGS=(
+    --use-mcore-models
+    --spec mindspeed_llm.tasks.models.spec.qwen3_spec layer_spec
+    --num-layers 48
+    --hidden-size 2048
+    --ffn-hidden-size 6144
+    --num-attention-heads 32
+    --group-query-attention
+    --num-query-groups 4
+    --kv-channels 128
+    --qk-layernorm
+    --padded-vocab-size 151936
+    --max-position-embeddings 40960
+    --rotary-base 1000000
+    --norm-epsilon 1e-6
+    --untie-embeddings-and-output-weights
+    --position-embedding-type rope
+    --normalization RMSNorm
+    --swiglu
+    --disable-bias-linear
+)
+
+source "$(dirname "${BASH_SOURCE[0]}")/../shared.sh"

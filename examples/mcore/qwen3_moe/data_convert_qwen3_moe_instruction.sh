@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Step 2. Alpaca-style records to token files, in Qwen3-30B-A3B's template.
+# Variables: ../README.md. Arguments are appended to the command and win.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+data_convert "$@"
