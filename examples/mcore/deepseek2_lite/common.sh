@@ -17,6 +17,16 @@ MODEL_ARGS=(
     --max-position-embeddings 163840
     --rotary-base 10000
     --norm-epsilon 1e-6
+    --multi-latent-attention
+    --kv-lora-rank 512
+    --qk-head-dim 128
+    --qk-pos-emb-head-dim 64
+    --v-head-dim 128
+    --num-experts 64
+    --moe-router-topk 6
+    --moe-intermediate-size 1408
+    --n-shared-experts 2
+    --first-k-dense-replace 1
     --untie-embeddings-and-output-weights
     --position-embedding-type rope
     --normalization RMSNorm

@@ -17,6 +17,23 @@ MODEL_ARGS=(
     --max-position-embeddings 163840
     --rotary-base 10000
     --norm-epsilon 1e-6
+    --multi-latent-attention
+    --q-lora-rank 1536
+    --kv-lora-rank 512
+    --qk-head-dim 128
+    --qk-pos-emb-head-dim 64
+    --v-head-dim 128
+    --num-experts 256
+    --moe-router-topk 8
+    --moe-intermediate-size 2048
+    --n-shared-experts 1
+    --first-k-dense-replace 3
+    --moe-router-num-groups 8
+    --moe-router-group-topk 4
+    --moe-router-topk-scaling-factor 2.5
+    --moe-router-score-function sigmoid
+    --moe-router-enable-expert-bias
+    --norm-topk-prob
     --untie-embeddings-and-output-weights
     --position-embedding-type rope
     --normalization RMSNorm

@@ -19,6 +19,8 @@ MODEL_ARGS=(
     --max-position-embeddings 32768
     --rotary-base 1000000
     --norm-epsilon 1e-5
+    --num-experts 8
+    --moe-router-topk 2
     --untie-embeddings-and-output-weights
     --position-embedding-type rope
     --normalization RMSNorm

@@ -20,6 +20,11 @@ MODEL_ARGS=(
     --max-position-embeddings 32768
     --rotary-base 1000000
     --norm-epsilon 1e-6
+    --num-experts 64
+    --moe-router-topk 8
+    --moe-intermediate-size 2560
+    --n-shared-experts 8
+    --shared-expert-gate
     --untie-embeddings-and-output-weights
     --position-embedding-type rope
     --normalization RMSNorm

@@ -22,6 +22,10 @@ MODEL_ARGS=(
     --max-position-embeddings 40960
     --rotary-base 1000000
     --norm-epsilon 1e-6
+    --num-experts 128
+    --moe-router-topk 8
+    --moe-intermediate-size 768
+    --norm-topk-prob
     --untie-embeddings-and-output-weights
     --position-embedding-type rope
     --normalization RMSNorm
