@@ -158,13 +158,18 @@ def set_rng_state(device: torch.device, state: dict[str, torch.Tensor]) -> None:
         torch.get_device_module(device).set_rng_state(state[device.type])
 
 
+def torch_version() -> tuple[int, ...]:
+    """Of the torch that runs, (major, minor)."""
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
 def check_torch_version() -> str | None:
     """None for a tested torch, a warning for a newer one.
 
     Raises:
         MindSpeedLoraError: older than the oldest that works.
     """
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    version = torch_version()
     if version < OLDEST_TORCH:
         raise MindSpeedLoraError(f"torch {torch.__version__} is too old: 2.7.1 is the oldest that works; pip install 'torch>=2.7.1,<2.14'")
     if version > NEWEST_TESTED_TORCH:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mindspeed_lora.lora.layers import ParallelLoraLinear
-from mindspeed_lora.ops.grouped import RowGroups, add_grouped_matmul, grouped_linear, grouped_matmul, grouped_outer
+from mindspeed_lora.ops.grouped import Products, RowGroups
 
 
 class GroupedLora(torch.autograd.Function):
@@ -20,24 +20,37 @@ class GroupedLora(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, groups: RowGroups
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        groups: RowGroups,
+        products: Products,
     ) -> torch.Tensor:
         """See the module's formulas."""
-        u = grouped_linear(x, a, groups)
-        y = add_grouped_matmul(grouped_linear(x, weight, groups), u, b.transpose(1, 2), groups, scale)
+        wide = products.widen(x, groups)
+        u = products.matmul(wide, a.transpose(1, 2), groups)
+        y = products.matmul(wide, weight.transpose(1, 2), groups)
+        products.add_matmul(y, u, b.transpose(1, 2), groups, scale)
         ctx.save_for_backward(x, weight, a, b, u)
-        ctx.scale, ctx.groups = scale, groups
-        return y
+        ctx.scale, ctx.groups, ctx.products = scale, groups, products
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of x, A and B; none for the frozen weight."""
+        """Gradients of x, A and B; none for the frozen weight. dB is formed as ``(u^T dy)^T``, as in the dense functions."""
         x, weight, a, b, u = ctx.saved_tensors
-        groups, dy = ctx.groups, dy.contiguous()
-        grad_u = grouped_matmul(dy, b, groups).mul_(ctx.scale)
-        grad_b = grouped_outer(dy, u, groups).mul_(ctx.scale)
-        grad_x = add_grouped_matmul(grouped_matmul(dy, weight, groups), grad_u, a, groups) if ctx.needs_input_grad[0] else None
-        return grad_x, None, grouped_outer(grad_u, x, groups), grad_b, None, None
+        groups, products = ctx.groups, ctx.products
+        wide, grad_x = products.widen(dy.contiguous(), groups), None
+        grad_b = products.outer(u * ctx.scale, wide, groups).transpose(1, 2).to(b.dtype)
+        grad_u = products.matmul(wide, b, groups).mul_(ctx.scale)
+        if ctx.needs_input_grad[0]:
+            grad_x = products.matmul(wide, weight, groups)
+            grad_x = products.add_matmul(grad_x, grad_u, a, groups).to(x.dtype)
+        grad_a = products.outer(grad_u, x.to(grad_u.dtype), groups).to(a.dtype)
+        return grad_x, None, grad_a, grad_b, None, None, None
 
 
 class _Stacked(nn.Module):
@@ -70,4 +83,4 @@ class GroupedLoraLinear(ParallelLoraLinear):
         if used is None:
             return base(x, groups)
         a, b, scale = used
-        return GroupedLora.apply(x, base.weight, a, b, scale, groups)
+        return GroupedLora.apply(x, base.weight, a, b, scale, groups, base.products)

@@ -1,20 +1,36 @@
 """Products of rows that lie group after group with one matrix per group: the experts of a rank, each with its own tokens.
 
-| function       | per group e                            | shapes                                       |
-|----------------|----------------------------------------|----------------------------------------------|
-| grouped_linear | ``y_e = x_e W_e^T``                    | ``[n, in], [E, out, in] -> [n, out]``        |
-| grouped_matmul | ``y_e = x_e W_e``                      | ``[n, out], [E, out, in] -> [n, in]``        |
-| grouped_outer  | ``W_e = y_e^T x_e``                    | ``[n, out], [n, in] -> [E, out, in]``        |
+| method     | per group e                     | shapes                                             |
+|------------|---------------------------------|----------------------------------------------------|
+| matmul     | ``y_e = x_e W_e``               | ``[n, k], [E, k, m] -> [n, m]``                    |
+| add_matmul | ``y_e += s x_e W_e``            | in place                                           |
+| outer      | ``W_e = y_e^T x_e``             | ``[n, p], [n, q] -> [E, p, q]``                    |
 
-An empty group gives no rows, and a zero matrix.
+An empty group gives no rows, and a zero matrix. The classes give the same within rounding:
+
+| class        | how                                                  | where                                       |
+|--------------|------------------------------------------------------|---------------------------------------------|
+| Sequential   | one product after the other                          | anywhere                                    |
+| TorchGrouped | ``torch.nn.functional.grouped_mm``, one call for all | CUDA (a kernel for bf16, sm 90 on), CPU     |
+| NpuGrouped   | ``npu_grouped_matmul``                               | NPU                                         |
+
+``widen`` gives rows the dtype of their products: on a CPU that multiplies fp32 faster than 16 bits, fp32 (:mod:`~mindspeed_lora.ops.products`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
+
+from mindspeed_lora.device import load_torch_npu, torch_version
+from mindspeed_lora.ops.products import product_dtype
+
+_FEW_ROWS_A_GROUP = 16  # below this, widening a group's matrix costs more than the faster product saves (measured: even at 12)
+_ALIGNMENT = 16  # bytes, of every stride and address that torch's grouped product takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,37 +44,177 @@ class RowGroups:
         """The counts on the host: waits for the device, once."""
         return tuple(self.counts.tolist())
 
+    @cached_property
+    def ends(self) -> torch.Tensor:
+        """int32 ``[E]``: the row after each group's last, on the device."""
+        return self.counts.cumsum(0, dtype=torch.int32)
+
+    @cached_property
+    def empty(self) -> torch.Tensor:
+        """bool ``[E, 1, 1]``, on the device."""
+        return (self.counts == 0).view(-1, 1, 1)
+
     def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Views ``[n_e, ...]`` of ``rows``, one per group."""
         return rows.split(self.lengths)
 
 
-def grouped_linear(x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
-    """x ``[n, in]``, weight ``[E, out, in]`` -> ``[n, out]``."""
-    return grouped_matmul(x, weight.transpose(1, 2), groups)
+class Products(Protocol):
+    """See the module's tables. Factors of one dtype, but that rows may be what ``widen`` made of them."""
+
+    name: str
+
+    def widen(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """Rows ``[n, k]`` in the dtype of their products."""
+        ...
+
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """x ``[n, k]``, weight ``[E, k, m]`` -> ``[n, m]`` in x's dtype."""
+        ...
+
+    def add_matmul(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups, scale: float = 1.0) -> torch.Tensor:
+        """``y += scale * matmul(x, weight)`` in place; returns y ``[n, m]``."""
+        ...
+
+    def outer(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """y ``[n, p]``, x ``[n, q]`` -> ``[E, p, q]``."""
+        ...
 
 
-def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
-    """x ``[n, k]``, weight ``[E, k, m]`` -> ``[n, m]``."""
-    y = x.new_empty(x.shape[0], weight.shape[2])
-    for rows, matrix, out in zip(groups.split(x), weight, groups.split(y), strict=True):
-        if rows.shape[0]:
-            torch.mm(rows, matrix, out=out)
-    return y
+class Sequential:
+    """One group after the other."""
+
+    name = "one expert after the other"
+
+    def widen(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """See the protocol."""
+        few = rows.shape[0] < _FEW_ROWS_A_GROUP * len(groups.counts)
+        return rows if few else rows.to(product_dtype(rows))
+
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """See the protocol."""
+        y = x.new_empty(x.shape[0], weight.shape[2])
+        for rows, matrix, out in _parts(groups, x, weight, y):
+            torch.mm(rows, matrix.to(rows.dtype), out=out)
+        return y
+
+    def add_matmul(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups, scale: float = 1.0) -> torch.Tensor:
+        """See the protocol."""
+        for rows, matrix, out in _parts(groups, x, weight, y):
+            out.addmm_(rows, matrix.to(rows.dtype), alpha=scale)
+        return y
+
+    def outer(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """See the protocol."""
+        result = y.new_empty(len(groups.lengths), y.shape[1], x.shape[1])
+        for length, left, right, out in zip(groups.lengths, groups.split(y), groups.split(x), result, strict=True):
+            torch.mm(left.t(), right, out=out) if length else out.zero_()
+        return result
 
 
-def add_grouped_matmul(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups, scale: float = 1.0) -> torch.Tensor:
-    """``y += scale * grouped_matmul(x, weight)`` in place; returns y."""
-    for out, rows, matrix in zip(groups.split(y), groups.split(x), weight, strict=True):
-        if rows.shape[0]:
-            out.addmm_(rows, matrix, alpha=scale)
-    return y
+def _parts(
+    groups: RowGroups, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(rows, matrix, result's rows) of every group that has rows."""
+    parts = zip(groups.lengths, groups.split(x), weight, groups.split(y), strict=True)
+    return ((rows, matrix, out) for length, rows, matrix, out in parts if length)
 
 
-def grouped_outer(y: torch.Tensor, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
-    """y ``[n, out]``, x ``[n, in]`` -> ``[E, out, in]``."""
-    result = y.new_zeros(len(groups.lengths), y.shape[1], x.shape[1])
-    for out, left, right in zip(result, groups.split(y), groups.split(x), strict=True):
-        if left.shape[0]:
-            torch.mm(left.t(), right, out=out)
-    return result
+class TorchGrouped:
+    """torch's grouped product; :func:`grouped_refusal` says where it may be used."""
+
+    name = "torch's grouped product"
+
+    def widen(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """As they are."""
+        return rows
+
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """See the protocol."""
+        if not x.shape[0]:
+            return x.new_empty(0, weight.shape[2])
+        return _grouped_mm(_aligned(x), _aligned(weight), groups.ends)
+
+    def add_matmul(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups, scale: float = 1.0) -> torch.Tensor:
+        """See the protocol."""
+        return y.add_(self.matmul(x, weight, groups), alpha=scale)
+
+    def outer(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """See the protocol."""
+        if not x.shape[0]:
+            return y.new_zeros(len(groups.counts), y.shape[1], x.shape[1])
+        return _grouped_mm(_aligned(y).t(), _aligned(x), groups.ends).masked_fill_(groups.empty, 0)
+
+
+def _grouped_mm(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    function = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm  # the public name: torch 2.10 on
+    return function(left, right, offs=ends)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy where the tensor starts at an address that the kernel does not take: a view into a flat buffer may."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
+class NpuGrouped:
+    """``npu_grouped_matmul``: ``group_type`` 0 cuts the rows of x, 2 the dimension that is summed over."""
+
+    name = "npu_grouped_matmul"
+
+    def widen(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """As they are."""
+        return rows
+
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """See the protocol."""
+        if not x.shape[0]:
+            return x.new_empty(0, weight.shape[2])
+        return _npu_grouped(x, weight, groups, group_type=0)
+
+    def add_matmul(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups, scale: float = 1.0) -> torch.Tensor:
+        """See the protocol."""
+        return y.add_(self.matmul(x, weight, groups), alpha=scale)
+
+    def outer(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """See the protocol."""
+        if not x.shape[0]:
+            return y.new_zeros(len(groups.counts), y.shape[1], x.shape[1])
+        return _npu_grouped(y.t(), x, groups, group_type=2).masked_fill_(groups.empty, 0)
+
+
+def _npu_grouped(left: torch.Tensor, right: torch.Tensor, groups: RowGroups, group_type: int) -> torch.Tensor:
+    """``split_item`` 3: one tensor comes back; ``group_list_type`` 1: the list holds counts."""
+    return load_torch_npu().npu_grouped_matmul(
+        [left], [right], group_list=groups.counts, split_item=3, group_type=group_type, group_list_type=1
+    )[0]
+
+
+def grouped_refusal(device: torch.device, dtype: torch.dtype, sizes: Iterable[int]) -> str | None:
+    """Why grouped products cannot be had, None where they can.
+
+    Args:
+        sizes: every number of columns of the factors and results.
+    """
+    if device.type == "npu":
+        return None
+    if device.type == "cpu" and torch_version() < (2, 9):
+        return f"torch {torch.__version__} has none for a CPU (2.9 on)"
+    if device.type == "cuda":
+        if dtype != torch.bfloat16:
+            return f"on CUDA they are made in bfloat16, not in {str(dtype).removeprefix('torch.')}"
+        capability, oldest = torch.cuda.get_device_capability(device), (8, 0) if torch_version() >= (2, 9) else (9, 0)
+        if torch_version() < (2, 8) or capability < oldest:
+            return f"torch {torch.__version__} has none for {torch.cuda.get_device_name(device)} (2.8 on: sm 90; 2.9 on: sm 80)"
+    multiple = _ALIGNMENT // dtype.itemsize
+    odd = sorted({size for size in sizes if size % multiple})
+    return f"torch makes them of sizes that are multiples of {multiple}, which {', '.join(map(str, odd))} are not" if odd else None
+
+
+def default_products(device: torch.device, dtype: torch.dtype, sizes: Iterable[int]) -> Products:
+    """The fastest on this device. CUDA's kernel is one of sm 90 and 100; elsewhere torch's function is a loop itself, in which a CPU
+    multiplies 16-bit values as they are.
+    """
+    if device.type == "npu":
+        return NpuGrouped()
+    fast = dtype == torch.float32 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return TorchGrouped() if fast and grouped_refusal(device, dtype, sizes) is None else Sequential()

@@ -6,37 +6,73 @@ column- or row-parallel layer by the sizes it is given.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from mindspeed_lora.ops.grouped import RowGroups, grouped_linear, grouped_matmul, grouped_outer
+from mindspeed_lora.errors import UsageError
+from mindspeed_lora.ops.grouped import NpuGrouped, Products, RowGroups, Sequential, TorchGrouped, default_products, grouped_refusal
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups, products: Products) -> torch.Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.groups = groups
-        return grouped_linear(x, weight, groups)
+        ctx.groups, ctx.products = groups, products
+        return products.matmul(products.widen(x, groups), weight.transpose(1, 2), groups).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        dy = dy.contiguous()
-        grad_x = grouped_matmul(dy, weight, ctx.groups) if ctx.needs_input_grad[0] else None
-        return grad_x, None if x is None else grouped_outer(dy, x, ctx.groups), None
+        groups, products = ctx.groups, ctx.products
+        wide, grad_x, grad_weight = products.widen(dy.contiguous(), groups), None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = products.matmul(wide, weight, groups).to(dy.dtype)
+        if x is not None:
+            grad_weight = products.outer(wide, x.to(wide.dtype), groups).to(weight.dtype)
+        return grad_x, grad_weight, None, None
 
 
 class GroupedLinear(nn.Module):
-    """``y = x W_e^T`` for the rows of expert e. ``in_features`` and ``out_features`` are this rank's sizes (as peft reads them)."""
+    """``y = x W_e^T`` for the rows of expert e. ``in_features`` and ``out_features`` are this rank's sizes (as peft reads them).
+
+    ``products``: how; see :func:`choose_products`.
+    """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, dtype=dtype, device=device))
+        self.products: Products = Sequential()
 
     def forward(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """``[n, in] -> [n, out]``; ``groups``: rows of each expert."""
-        return _GroupedLinear.apply(x, self.weight, groups)
+        return _GroupedLinear.apply(x, self.weight, groups, self.products)
+
+
+def choose_products(stages: Iterable[nn.Module], grouped: bool, ranks: Iterable[int] = ()) -> str | None:
+    """Set how the experts of ``stages`` are multiplied; returns it in words, None for a model without experts.
+
+    Args:
+        grouped: ``--moe-grouped-gemm``; without it, what is fastest here.
+        ranks: of the LoRA adapters on experts.
+
+    Raises:
+        UsageError: ``grouped``, and the device, the dtype, a size or torch does not allow it.
+    """
+    linears = [module for stage in stages for module in stage.modules() if isinstance(module, GroupedLinear)]
+    if not linears:
+        return None
+    device, dtype = linears[0].weight.device, linears[0].weight.dtype
+    sizes = {size for linear in linears for size in (linear.in_features, linear.out_features)} | set(ranks)
+    products = default_products(device, dtype, sizes)
+    if grouped and isinstance(products, Sequential):
+        refusal = grouped_refusal(device, dtype, sizes)
+        if refusal is not None:
+            raise UsageError(f"--moe-grouped-gemm: no grouped products: {refusal}; leave the flag out: same results, one expert after the other")
+        products = NpuGrouped() if device.type == "npu" else TorchGrouped()
+    for linear in linears:
+        linear.products = products
+    return products.name
