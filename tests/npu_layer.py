@@ -16,14 +16,17 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mindspeed_lora.lora.experts import GroupedLoraLinear
 from mindspeed_lora.lora.layers import ParallelLoraLinear
 from mindspeed_lora.model.decode import PackedDocuments
+from mindspeed_lora.model.experts import RoutedExperts
 from mindspeed_lora.model.layers import TransformerLayer
 from mindspeed_lora.model.rotary import inverse_frequencies, rotary_tables
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.cross_entropy import linear_cross_entropy
+from mindspeed_lora.parallel.grouped import choose_products
 from mindspeed_lora.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from mindspeed_lora.weights.config import ModelConfig
+from mindspeed_lora.weights.config import ExpertShape, ModelConfig, Routing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from collective_counts import Calls, counted  # the benchmarks are no package
@@ -154,6 +157,27 @@ def check_layer(sequence_parallel: bool) -> None:
     print(f"layer at TP{context.tp_size}, SP {sequence_parallel}: {len(forward)} + {len(backward)} collectives, 8 LoRA gradients")
 
 
+def check_experts() -> None:
+    """A mixture's routed experts with LoRA on both linears, in grouped products: values' and gradients' shapes and dtypes."""
+    choice = Routing(top_k=2)
+    config = ModelConfig("qwen3_moe", HIDDEN, 512, 2, 16, 4, 32, 1000, 1000, 1e-6, 1e6, experts=ExpertShape(8, 128, choice))
+    assert config.experts is not None
+    context = ParallelContext(torch.device("npu:0"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        experts = RoutedExperts(config, config.experts, context, torch.bfloat16).requires_grad_(False)
+        for name in ("linear_fc1", "linear_fc2"):
+            setattr(experts, name, GroupedLoraLinear(getattr(experts, name), "default", r=RANK, lora_alpha=16))
+        assert choose_products([experts], config, True) == "npu_grouped_matmul"
+        tokens = torch.empty(LENGTH, HIDDEN, dtype=torch.bfloat16, device="npu:0", requires_grad=True)
+        weights = torch.empty(LENGTH, 2, device="npu:0", requires_grad=True)
+        output = experts(tokens, weights, torch.zeros(LENGTH, 2, dtype=torch.int64, device="npu:0"))
+        assert output.shape == tokens.shape and output.dtype == tokens.dtype
+        output.sum().backward()
+        check_gradients(experts.parameters(), 4)
+        assert tokens.grad is not None and weights.grad is not None and weights.grad.dtype == torch.float32
+    print("experts: npu_grouped_matmul, 4 LoRA gradients")
+
+
 def check_loss(trained_head: bool) -> None:
     """The loss head over this rank's rows of the vocabulary, two small collectives in forward."""
     context, vocab_size = npu_context(True), 1000
@@ -178,6 +202,7 @@ if __name__ == "__main__":
         for fused in (True, False):
             check_functions(sp, fused)
         check_layer(sp)
+    check_experts()
     for trained in (False, True):
         check_loss(trained)
     dist.destroy_process_group()

@@ -109,6 +109,7 @@ class RuntimeFlags:
     seed: int = 1234
     distributed_timeout_minutes: int = 10
     qlora: bool = False  # the base's linear weights in 4 bits, quantised while they are loaded
+    moe_grouped_gemm: bool = False  # False: the device's fastest
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,14 @@ EXPERTS = [
     _compared("--moe-router-topk-scaling-factor", "experts.scale", "factor of the weights", POSITIVE),
     _compared("--moe-router-enable-expert-bias", "experts.bias", "a bias takes part in the choice", None),
     active(
+        "--moe-grouped-gemm",
+        RUNS,
+        "experts and latent attention",
+        "one grouped product for all experts of a rank, refused where torch has none; without it the device's fastest; same results",
+        None,
+        "runtime.moe_grouped_gemm",
+    ),
+    active(
         "--moe-router-load-balancing-type",
         RUNS,
         "experts and latent attention",

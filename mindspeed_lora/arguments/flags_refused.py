@@ -21,7 +21,6 @@ EXPERT_FLAGS = [
         TEXT,
     ),
     *refused("seq-aux", RUNS, "auxiliary losses come with a later release; leave the flag out"),
-    *refused("moe-grouped-gemm", RUNS, "grouped experts come with a later release; leave the flag out"),
     *refused("moe-tp-extend-ep", RUNS, "experts dealt out over tensor ranks come with a later release; leave the flag out"),
 ]
 

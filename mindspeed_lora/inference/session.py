@@ -32,6 +32,7 @@ from mindspeed_lora.log import get_logger
 from mindspeed_lora.model.stage import GPTStage
 from mindspeed_lora.ops.nf4 import Nf4, check_nf4
 from mindspeed_lora.parallel.context import ParallelContext, initialize
+from mindspeed_lora.parallel.grouped import choose_products
 from mindspeed_lora.parallel.on_demand import BaseStorage
 from mindspeed_lora.weights.adapters import Adapter
 from mindspeed_lora.weights.config import ModelConfig
@@ -262,13 +263,15 @@ def _build(
     stage = GPTStage(model, layers, context.is_first_stage, context.is_last_stage, context, dtype, storage=storage)
     for adapter in adapters:
         inject_lora(stage, table, adapter.spec, context, config.lora is not None and config.lora.fusion, adapter_name=adapter.internal)
+    products = choose_products([stage], model, config.runtime.moe_grouped_gemm)
     loaded = load_base([stage], base, table, context).base
     adapted = sum(load_adapter([stage], adapter.source, table, context, adapter.internal).adapter for adapter in adapters)
     if adapters:
         select_adapter(stage, adapters[0].internal)
     stage.eval().requires_grad_(False)
     count = f"{loaded} base tensors, {adapted} adapter tensors, 0 missing"
-    get_logger().info(f"loaded on rank 0: {count}; {str(dtype).removeprefix('torch.')}, {context.device}")
+    words = "" if products is None else f"; experts: {products}"
+    get_logger().info(f"loaded on rank 0: {count}; {str(dtype).removeprefix('torch.')}, {context.device}{words}")
     return stage
 
 

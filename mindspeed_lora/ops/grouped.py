@@ -14,7 +14,8 @@ An empty group gives no rows, and a zero matrix. The classes give the same withi
 | TorchGrouped | ``torch.nn.functional.grouped_mm``, one call for all | CUDA (a kernel for bf16, sm 90 on), CPU     |
 | NpuGrouped   | ``npu_grouped_matmul``                               | NPU                                         |
 
-``widen`` gives rows the dtype of their products: on a CPU that multiplies fp32 faster than 16 bits, fp32 (:mod:`~mindspeed_lora.ops.products`).
+``widen`` gives rows the dtype of their products: fp32 on a CPU that multiplies it faster than 16 bits
+(:mod:`~mindspeed_lora.ops.products`).
 """
 
 from __future__ import annotations
@@ -88,8 +89,7 @@ class Sequential:
 
     def widen(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """See the protocol."""
-        few = rows.shape[0] < _FEW_ROWS_A_GROUP * len(groups.counts)
-        return rows if few else rows.to(product_dtype(rows))
+        return _widened(rows, groups)
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """See the protocol."""
@@ -112,6 +112,11 @@ class Sequential:
         return result
 
 
+def _widened(rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+    few = rows.shape[0] < _FEW_ROWS_A_GROUP * len(groups.counts)
+    return rows if few else rows.to(product_dtype(rows))
+
+
 def _parts(
     groups: RowGroups, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -126,14 +131,14 @@ class TorchGrouped:
     name = "torch's grouped product"
 
     def widen(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
-        """As they are."""
-        return rows
+        """See the protocol."""
+        return _widened(rows, groups)
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """See the protocol."""
         if not x.shape[0]:
             return x.new_empty(0, weight.shape[2])
-        return _grouped_mm(_aligned(x), _aligned(weight), groups.ends)
+        return _grouped_mm(_aligned(x), _aligned(weight.to(x.dtype)), groups.ends)
 
     def add_matmul(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups, scale: float = 1.0) -> torch.Tensor:
         """See the protocol."""
@@ -195,26 +200,30 @@ def grouped_refusal(device: torch.device, dtype: torch.dtype, sizes: Iterable[in
     Args:
         sizes: every number of columns of the factors and results.
     """
+    name = str(dtype).removeprefix("torch.")
     if device.type == "npu":
         return None
     if device.type == "cpu" and torch_version() < (2, 9):
-        return f"torch {torch.__version__} has none for a CPU (2.9 on)"
+        return f"torch {torch.__version__} has no grouped product (2.9 on)"
     if device.type == "cuda":
         if dtype != torch.bfloat16:
-            return f"on CUDA they are made in bfloat16, not in {str(dtype).removeprefix('torch.')}"
-        capability, oldest = torch.cuda.get_device_capability(device), (8, 0) if torch_version() >= (2, 9) else (9, 0)
-        if torch_version() < (2, 8) or capability < oldest:
-            return f"torch {torch.__version__} has none for {torch.cuda.get_device_name(device)} (2.8 on: sm 90; 2.9 on: sm 80)"
+            return f"torch's grouped product takes bfloat16, not {name}"
+        oldest = (8, 0) if torch_version() >= (2, 9) else (9, 0)
+        if torch_version() < (2, 8) or torch.cuda.get_device_capability(device) < oldest:
+            card = torch.cuda.get_device_name(device)
+            return f"torch {torch.__version__} has no grouped product for {card} (torch 2.8 from sm 90 on, 2.9 from sm 80 on)"
     multiple = _ALIGNMENT // dtype.itemsize
     odd = sorted({size for size in sizes if size % multiple})
-    return f"torch makes them of sizes that are multiples of {multiple}, which {', '.join(map(str, odd))} are not" if odd else None
+    if odd:
+        return f"torch's grouped product of {name} takes sizes that are multiples of {multiple}, which {', '.join(map(str, odd))} is not"
+    return None
 
 
 def default_products(device: torch.device, dtype: torch.dtype, sizes: Iterable[int]) -> Products:
-    """The fastest on this device. CUDA's kernel is one of sm 90 and 100; elsewhere torch's function is a loop itself, in which a CPU
-    multiplies 16-bit values as they are.
+    """The fastest on this device. CUDA's kernel is one of sm 90 and 100; elsewhere torch's function is a loop itself, no faster than ours
+    (a step of 64 experts on one core: 252.0 against 251.6 ms in fp32).
     """
     if device.type == "npu":
         return NpuGrouped()
-    fast = dtype == torch.float32 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0] in (9, 10)
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
     return TorchGrouped() if fast and grouped_refusal(device, dtype, sizes) is None else Sequential()

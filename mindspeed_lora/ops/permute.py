@@ -42,9 +42,9 @@ def sort_by_expert(experts: torch.Tensor, count: int) -> RowOrder:
     """experts int64 ``[n, k]`` with numbers under ``count``; the rows of an expert keep the tokens' order."""
     flat = experts.flatten()
     slots = flat.argsort(stable=True)
-    place = torch.empty_like(slots)
-    place[slots] = torch.arange(len(slots), device=slots.device)
-    return RowOrder(slots, place.view_as(experts), RowGroups(flat.bincount(minlength=count)))
+    place = torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots), device=slots.device))
+    counts = flat.new_zeros(count).scatter_add_(0, flat, torch.ones_like(flat))  # bincount would wait for the device
+    return RowOrder(slots, place.view_as(experts), RowGroups(counts))
 
 
 def _gathered_sum(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

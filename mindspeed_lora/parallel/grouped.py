@@ -6,14 +6,15 @@ column- or row-parallel layer by the sizes it is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from mindspeed_lora.errors import UsageError
-from mindspeed_lora.ops.grouped import NpuGrouped, Products, RowGroups, Sequential, TorchGrouped, default_products, grouped_refusal
+from mindspeed_lora.ops.grouped import Products, RowGroups, Sequential, TorchGrouped, default_products, grouped_refusal
+from mindspeed_lora.weights.config import ModelConfig
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -52,27 +53,29 @@ class GroupedLinear(nn.Module):
         return _GroupedLinear.apply(x, self.weight, groups, self.products)
 
 
-def choose_products(stages: Iterable[nn.Module], grouped: bool, ranks: Iterable[int] = ()) -> str | None:
-    """Set how the experts of ``stages`` are multiplied; returns it in words, None for a model without experts.
+def choose_products(stages: Sequence[nn.Module], config: ModelConfig, grouped: bool) -> str | None:
+    """Set how the experts of ``stages``, and their adapters, are multiplied; returns it in words, None where there are none.
 
     Args:
         grouped: ``--moe-grouped-gemm``; without it, what is fastest here.
-        ranks: of the LoRA adapters on experts.
 
     Raises:
-        UsageError: ``grouped``, and the device, the dtype, a size or torch does not allow it.
+        UsageError: ``grouped``, and the model has no experts, or the device, the dtype, a size or torch does not allow it.
     """
     linears = [module for stage in stages for module in stage.modules() if isinstance(module, GroupedLinear)]
+    if grouped and config.experts is None:
+        raise UsageError("--moe-grouped-gemm: the model has no experts; leave the flag out")
     if not linears:
         return None
     device, dtype = linears[0].weight.device, linears[0].weight.dtype
-    sizes = {size for linear in linears for size in (linear.in_features, linear.out_features)} | set(ranks)
+    stacked = (parameter for stage in stages for parameter in stage.parameters() if parameter.dim() == 3)  # A and B of adapters too
+    sizes = {size for parameter in stacked for size in parameter.shape[1:]}
     products = default_products(device, dtype, sizes)
     if grouped and isinstance(products, Sequential):
         refusal = grouped_refusal(device, dtype, sizes)
         if refusal is not None:
-            raise UsageError(f"--moe-grouped-gemm: no grouped products: {refusal}; leave the flag out: same results, one expert after the other")
-        products = NpuGrouped() if device.type == "npu" else TorchGrouped()
+            raise UsageError(f"--moe-grouped-gemm on {device.type}: {refusal}; leave the flag out, the experts then compute one by one")
+        products = TorchGrouped()
     for linear in linears:
         linear.products = products
     return products.name

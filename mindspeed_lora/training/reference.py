@@ -19,6 +19,7 @@ from mindspeed_lora.checkpoint.reference import ReferencePoint
 from mindspeed_lora.lora.inject import inject_lora
 from mindspeed_lora.model.stage import GPTStage, build_stage_modules
 from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.parallel.grouped import choose_products
 from mindspeed_lora.parallel.on_demand import BaseStorage
 from mindspeed_lora.parallel.pipeline import PipelineRunner
 from mindspeed_lora.weights.config import ModelConfig
@@ -64,6 +65,7 @@ def build_reference(
         if point.lora is not None:
             inject_lora(stage, table, point.lora, context)
         stage.requires_grad_(False)
+    choose_products(frozen, model, config.runtime.moe_grouped_gemm)
     load_base(frozen, point.base, table, context)
     if point.adapter is not None:
         load_adapter(frozen, point.adapter, table, context)

@@ -22,6 +22,7 @@ from mindspeed_lora.model.stage import GPTStage, build_stage_modules
 from mindspeed_lora.ops.nf4 import Nf4, check_nf4
 from mindspeed_lora.parallel.collectives import barrier, broadcast_object
 from mindspeed_lora.parallel.context import ParallelContext, initialize, shutdown, world_size_from_environment
+from mindspeed_lora.parallel.grouped import choose_products
 from mindspeed_lora.parallel.on_demand import BaseStorage, Plain
 from mindspeed_lora.parallel.pipeline import PipelineRunner, sum_of_rows
 from mindspeed_lora.training.dry_run import dry_run
@@ -105,6 +106,9 @@ def build_model(plan: TrainingPlan, context: ParallelContext) -> tuple[list[GPTS
         fusion = plan.config.lora is not None and plan.config.lora.fusion
         for stage in stages:
             inject_lora(stage, plan.table, plan.lora, context, fusion, seed)
+    products = choose_products(stages, plan.model, plan.config.runtime.moe_grouped_gemm)
+    if products is not None:
+        get_logger().info(f"experts: {products}")
     loaded = load_base(stages, plan.start.base, plan.table, context)
     if adapter is not None:
         loaded = LoadReport(loaded.base, load_adapter(stages, adapter, plan.table, context).adapter)
