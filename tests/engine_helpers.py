@@ -15,6 +15,7 @@ from mindspeed_lora.lora.inject import inject_lora
 from mindspeed_lora.model.stage import GPTStage, build_stage_modules
 from mindspeed_lora.parallel.context import ParallelContext, single_process_context
 from mindspeed_lora.parallel.on_demand import BaseStorage
+from mindspeed_lora.weights.config import Layout
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.sources import open_adapter, open_base
 from mindspeed_lora.weights.table import Row, WeightTable, named_slices
@@ -47,7 +48,7 @@ def build_engine(
     """Load ``folder`` at the context's layout; LoRA's B gets values (a zero B hides mistakes in A's path), or those of ``adapter``."""
     context = context or single_process_context()
     base = open_base(folder)
-    config = resolve_model_config(base, ArchitectureFlags(), context.tp_size)
+    config = resolve_model_config(base, ArchitectureFlags(), Layout(context.tp_size, expert_tensor_parallel_size=context.experts.tp_size))
     table = WeightTable(config)
     stages = build_stage_modules(config, context, dtype, layers_per_virtual_stage, recompute, make_storage)
     if lora is not None:
@@ -73,7 +74,7 @@ def fill_b(stage: GPTStage, table: WeightTable, context: ParallelContext) -> Non
         if ".lora_B." in name:
             row, layer = table.parse(base_name(name))
             parts = lora_b_parts(row, layer, parameter.shape[1])
-            parameter.copy_(table.shard(table.lora_row(name), parts, context.tp_rank, context.tp_size))
+            parameter.copy_(table.shard(table.lora_row(name), parts, *context.cut(row.expert is not None)))
 
 
 def lora_b_parts(row: Row, layer: int | None, r: int) -> list[torch.Tensor]:

@@ -101,7 +101,6 @@ def test_accepted_values_are_checked(name: str, value: str, command: str, minima
         (TRAIN, "--hidden-dropout 0.1", ["--hidden-dropout 0.1", "use 0"]),
         (INFER, "--attention-dropout 0.1", ["--attention-dropout 0.1"]),
         (TRAIN, "--context-parallel-size 2", ["--context-parallel-size 2", "later release"]),
-        (TRAIN, "--expert-model-parallel-size 2", ["--expert-model-parallel-size 2", "later release"]),
         (TRAIN, "--fp16 --bf16", ["--fp16 and --bf16 contradict"]),
         (TRAIN, "--fp16 --initial-loss-scale 4 --min-loss-scale 8", ["--min-loss-scale 8 is above --initial-loss-scale 4", "smaller"]),
         (TRAIN, "--fp16 --loss-scale 0", ["--loss-scale 0", "above 0"]),

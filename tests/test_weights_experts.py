@@ -159,7 +159,7 @@ def test_experts_that_cannot_be_dealt_out() -> None:
 def test_experts_that_a_layout_cannot_cut_are_refused_with_a_sentence() -> None:
     base: Any = SimpleNamespace(model_config=EXPERTS, path="folder")
     with pytest.raises(UsageError, match="tensor parallel size 5 does not divide the model's moe_intermediate_size"):
-        resolve_model_config(base, ArchitectureFlags(), 5)
+        resolve_model_config(base, ArchitectureFlags(), Layout(5))
 
 
 def test_which_layers_are_dense() -> None:

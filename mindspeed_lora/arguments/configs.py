@@ -98,6 +98,8 @@ class ParallelFlags:
     pipeline_parallel_size: int = 1
     layers_per_virtual_stage: int | None = None  # --num-layers-per-virtual-pipeline-stage
     sequence_parallel: bool = False
+    expert_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None  # 1, or the tensor parallel size (None)
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,23 @@ LAYOUT = [
         "parallel.pipeline_parallel_size",
     ),
     active(
+        "--expert-model-parallel-size",
+        RUNS,
+        "layout",
+        "ranks that share the experts; divides their number",
+        COUNT,
+        "parallel.expert_parallel_size",
+    ),
+    active(
+        "--expert-tensor-parallel-size",
+        RUNS,
+        "layout",
+        "ranks that share each expert's matrices: 1 or the tensor parallel size",
+        COUNT,
+        "parallel.expert_tensor_parallel_size",
+        default_text="the tensor parallel size",
+    ),
+    active(
         "--num-layers-per-virtual-pipeline-stage",
         (TRAIN,),
         "layout",

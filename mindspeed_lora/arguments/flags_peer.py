@@ -9,7 +9,6 @@ from mindspeed_lora.arguments.values import COUNT, COUNT_OR_ZERO, NUMBER, TEXT, 
 ASKING = (INFER, EVALUATE)
 T = (TRAIN,)
 LATER_CONTEXT_PARALLEL = "context parallelism comes with a later release; use 1"
-LATER_EXPERTS = "expert parallelism comes with a later release; use 1: experts are cut over tensor and pipeline ranks"
 NO_DROPOUT = "dropout makes results depend on the parallel layout and is refused; use 0"
 
 MODEL = [
@@ -125,7 +124,6 @@ PARALLEL = [
         "context-parallel-algo cp-attention-mask-type attention-mask-type", RUNS, "it belongs to context parallelism, whose size is 1", TEXT
     ),
     *accepted("use-cp-send-recv-overlap", RUNS, "it belongs to context parallelism, whose size is 1"),
-    *accepted("expert-model-parallel-size expert-tensor-parallel-size", RUNS, "the size is 1", COUNT, only=(1,), otherwise=LATER_EXPERTS),
     *accepted("exit-on-missing-checkpoint", RUNS, "a missing checkpoint always ends the run"),
     *accepted("no-shared-storage", RUNS, "each machine reads the checkpoint at the path it was given; nothing is converted on the way"),
     *accepted("ckpt-format", RUNS, "checkpoints are Megatron's .pt files", TEXT, only=("torch",), otherwise="use torch"),

@@ -45,11 +45,12 @@ def load_base(stages: Sequence[GPTStage], base: Base, table: WeightTable, contex
             if ".lora_" in name:
                 continue
             row, layer = table.parse(name.replace(".base_layer", ""))
+            rank, size = context.cut(row.expert is not None)
             storage: BaseStorage | None = getattr(stage, "storage", None)
             if storage is not None and (holder := storage.holder(parameter)) is not None:
-                holder.load(parameter, partial(table.shard_rows, row, base.parts(row, layer), context.tp_rank, context.tp_size))
+                holder.load(parameter, partial(table.shard_rows, row, base.parts(row, layer), rank, size))
             else:
-                _copy(parameter, base.shard(table, row, layer, context.tp_rank, context.tp_size), name, base.path)
+                _copy(parameter, base.shard(table, row, layer, rank, size), name, base.path)
             count += 1
     return LoadReport(base=count)
 
@@ -72,7 +73,7 @@ def load_adapter(
             row, layer = table.parse(base_name(name))
             a, b_parts = adapter.lora_parts(row, layer)
             parts = [a] if ".lora_A." in name else b_parts
-            _copy(parameter, table.shard(lora_row, parts, context.tp_rank, context.tp_size), name, adapter.path)
+            _copy(parameter, table.shard(lora_row, parts, *context.cut(row.expert is not None)), name, adapter.path)
             count += 1
     return LoadReport(adapter=count)
 

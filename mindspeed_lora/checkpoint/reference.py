@@ -20,7 +20,7 @@ from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, 
 from mindspeed_lora.checkpoint.start import StartPoint, adapter_only_base
 from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.weights.adapters import Adapter
-from mindspeed_lora.weights.config import ModelConfig
+from mindspeed_lora.weights.config import Layout, ModelConfig
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.megatron_files import iteration_directory_name
 from mindspeed_lora.weights.megatron_folder import is_megatron_folder
@@ -58,7 +58,7 @@ def find_reference(
     architecture: ArchitectureFlags,
     model: ModelConfig,
     lora: LoraSpec | None,
-    tensor_parallel_size: int,
+    layout: Layout,
 ) -> ReferencePoint | None:
     """The reference of a run; None for a loss that needs none. ``recorded``: what a continued run's training state says.
 
@@ -76,7 +76,7 @@ def find_reference(
         base, adapter = _open(Path(start.base.path), flags.ref_iteration, start)
     else:
         base, adapter = start.base, start.adapter
-    _check_same_architecture(resolve_model_config(base, architecture, tensor_parallel_size), model, base)
+    _check_same_architecture(resolve_model_config(base, architecture, layout), model, base)
     spec = None
     if adapter is not None:
         table = WeightTable(model)

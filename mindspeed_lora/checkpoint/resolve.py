@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mindspeed_lora.arguments.configs import ArchitectureFlags, LoraFlags
+from mindspeed_lora.arguments.configs import ArchitectureFlags, LoraFlags, ParallelFlags
 from mindspeed_lora.checkpoint.resolve_experts import check_special_flags, disagree
 from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.weights.config import Layout, ModelConfig
@@ -51,17 +51,29 @@ def check_architecture(config: ModelConfig, flags: ArchitectureFlags, source: st
     check_special_flags(config, flags, source)
 
 
-def resolve_model_config(base: Base, flags: ArchitectureFlags, tensor_parallel_size: int = 1) -> ModelConfig:
+def run_layout(parallel: ParallelFlags) -> Layout:
+    """The layout of a run, and of what it saves."""
+    return Layout(
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        parallel.layers_per_virtual_stage,
+        expert_parallel_size=parallel.expert_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+    )
+
+
+def resolve_model_config(base: Base, flags: ArchitectureFlags, layout: Layout | None = None) -> ModelConfig:
     """The model's shape: the checkpoint's own, checked against every architecture flag that was passed.
 
     The vocabulary is padded to a multiple of the tensor-parallel size (padding rows never get any probability).
 
     Raises:
-        UsageError: a passed value contradicts the checkpoint.
+        UsageError: a passed value contradicts the checkpoint, or the experts cannot be dealt out.
         CheckpointError: nobody knows the sizes or the rotary base.
     """
     config = base.model_config
-    check_experts(config, Layout(tensor_parallel_size))
+    layout = layout or Layout()
+    check_experts(config, layout, "--expert-model-parallel-size")
     check_architecture(config, flags, f"{base.path}")
     if config.rotary_base is None:
         if flags.rotary_base is None:
@@ -71,7 +83,8 @@ def resolve_model_config(base: Base, flags: ArchitectureFlags, tensor_parallel_s
             )
         config = replace(config, rotary_base=flags.rotary_base)
     padded = max(config.vocab_size, flags.padded_vocab_size or 0)
-    return replace(config, padded_vocab_size=-(-padded // tensor_parallel_size) * tensor_parallel_size)
+    size = layout.tensor_parallel_size
+    return replace(config, padded_vocab_size=-(-padded // size) * size)
 
 
 def resolve_lora(flags: LoraFlags | None, adapter: Adapter | None, table: WeightTable) -> LoraSpec | None:

@@ -19,7 +19,7 @@ import torch
 
 from mindspeed_lora.arguments.configs import EvaluationConfig, InferenceConfig
 from mindspeed_lora.checkpoint.load import load_adapter, load_base
-from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, resolve_model_config
+from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, resolve_model_config, run_layout
 from mindspeed_lora.checkpoint.start import find_start
 from mindspeed_lora.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from mindspeed_lora.errors import CheckpointError, MindSpeedLoraError, UsageError
@@ -106,6 +106,9 @@ def open_session(
         parallel.pipeline_parallel_size,
         sequence_parallel=False,
         timeout_minutes=config.runtime.distributed_timeout_minutes,
+        expert_parallel_size=parallel.expert_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        same_tokens=True,
     )
     channels = open_channels(context)
     error: MindSpeedLoraError | None = None
@@ -146,7 +149,7 @@ def _load(
         raise UsageError(
             "LoRA flags without an adapter: --lora-load is missing, and --load holds none; pass --lora-load or leave the flags out"
         )
-    model = resolve_model_config(base, config.architecture, context.tp_size)
+    model = resolve_model_config(base, config.architecture, run_layout(config.parallel))
     adapters = [] if adapter is None else _open_adapters(config, adapter, base, WeightTable(model))
     spec = adapters[0].spec if adapters else None
     dtype = resolve_dtype(config.runtime.params_dtype, base)

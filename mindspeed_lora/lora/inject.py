@@ -71,7 +71,7 @@ def inject_lora(
         layer.fusion = fusion
         row, _ = table.parse(f"{name}.weight")
         masks, b_row = block_masks(row, module), table.lora_pair(row)[1]
-        mask = table.shard(b_row, masks, context.tp_rank, context.tp_size) if masks else None
+        mask = table.shard(b_row, masks, *context.cut(row.expert is not None)) if masks else None
         layer.set_blocks(adapter_name, column_scales(spec, module), mask)
     if seed is not None:
         initialize_lora(stage, table, context, seed)
@@ -123,9 +123,10 @@ def initialize_lora(stage: GPTStage, table: WeightTable, context: ParallelContex
         if ".lora_A." not in name:
             continue
         row = table.lora_row(name)
-        whole = kaiming_uniform(name, seed, parameter.shape[0], parameter.shape[1] * (context.tp_size if row.axis == 1 else 1))
+        rank, size = context.cut(row.expert is not None)
+        whole = kaiming_uniform(name, seed, parameter.shape[0], parameter.shape[1] * (size if row.axis == 1 else 1))
         if row.axis == 1:
-            whole = whole.chunk(context.tp_size, dim=1)[context.tp_rank]
+            whole = whole.chunk(size, dim=1)[rank]
         parameter.copy_(whole)
 
 

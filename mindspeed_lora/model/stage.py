@@ -123,7 +123,7 @@ class GPTStage(nn.Module):
     @property
     def experts(self) -> range:
         """Global numbers of the routed experts whose weights lie here, in the order of their stacks; empty for a dense model."""
-        return range(self.config.experts.count if self.config.experts else 0)
+        return self.context.own_experts(self.config.experts.count if self.config.experts else 0)
 
     @property
     def head_weight(self) -> torch.Tensor:

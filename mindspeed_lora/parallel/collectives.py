@@ -7,12 +7,15 @@
 | copy_to_tp            | identity       | all-reduce     | into a column-parallel layer, SP off     |
 | reduce_from_tp        | all-reduce     | identity       | out of a row-parallel layer, SP off      |
 
+(Rows of tokens travel to their experts and back in :mod:`mindspeed_lora.parallel.dispatch`.)
+
 Sequences lie on dim 0 of ``[s, b, h]``. Source: Korthikanti et al., "Reducing Activation Recomputation in Large
 Transformer Models" (2022), section 4.2. A group of ``None`` means one rank: every function is then the identity.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,6 +79,13 @@ def start_reduce_scatter_dim0(tensor: torch.Tensor, group: Group) -> Pending:
     output = tensor.new_empty((tensor.shape[0] // group.size(), *tensor.shape[1:]))
     source = tensor.contiguous()
     return Pending(output, _reduce_scatter(output, source, group=group, async_op=True), source)
+
+
+def all_to_all_rows(rows: torch.Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """``rows`` ``[sum(sent), ...]``, the first ``sent[0]`` for the group's rank 0 and so on -> ``[sum(received), ...]``, by source."""
+    output = rows.new_empty((sum(received), *rows.shape[1:]))
+    dist.all_to_all_single(output, rows.contiguous(), list(received), list(sent), group=group)
+    return output
 
 
 def broadcast(tensor: torch.Tensor, group_source: int, group: Group) -> torch.Tensor:

@@ -4,13 +4,20 @@ Ranks lie on a grid ``[dp, pp, tp]``, tp fastest::
 
     rank = (dp_rank * pp_size + pp_rank) * tp_size + tp_rank
 
-so that the ranks of one tensor-parallel group sit on one machine.
+so that the ranks of one tensor-parallel group sit on one machine. Experts see the same ranks of a pipeline stage on a grid of their
+own, ``[edp, ep, etp]`` with etp fastest, laid over their numbers in the order of (dp_rank, tp_rank)::
+
+    dp_rank * tp_size + tp_rank = (edp_rank * ep_size + ep_rank) * etp_size + etp_rank
+
+With etp = tp, ``ep_rank = dp_rank % ep_size``: the ranks that share the experts are neighbours on the data-parallel axis. With etp = 1
+they are neighbours on one machine first, and the pairs (tp_rank, ep_rank) are those of the peer's rank folders.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -19,6 +26,25 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from mindspeed_lora.device import collective_backend, select_device
 from mindspeed_lora.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ExpertGrid:
+    """This rank's place in the experts' grid: "tp" are the ranks that cut an expert, "dp" those that hold the same part of the same ones.
+
+    ``same_tokens``: the ranks of an EP group compute the same tokens (asking); False: each has its own (training).
+    """
+
+    ep_size: int = 1
+    ep_rank: int = 0
+    ep_group: dist.ProcessGroup | None = None
+    tp_size: int = 1
+    tp_rank: int = 0
+    tp_group: dist.ProcessGroup | None = None
+    dp_size: int = 1
+    dp_rank: int = 0
+    dp_group: dist.ProcessGroup | None = None
+    same_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +64,7 @@ class ParallelContext:
     model_group: dist.ProcessGroup | None = None  # all tp x pp ranks of this replica
     embedding_group: dist.ProcessGroup | None = None  # first and last stage, same tp rank (tied embeddings)
     sequence_parallel: bool = False  # activations between blocks are [s/tp, b, h]
+    expert_grid: ExpertGrid | None = None  # None: experts lie as everything else does
 
     @property
     def world_size(self) -> int:
@@ -58,6 +85,47 @@ class ParallelContext:
     def is_last_stage(self) -> bool:
         """Whether the loss head is here."""
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def experts(self) -> ExpertGrid:
+        """This rank's place in the experts' grid."""
+        dense = ExpertGrid(1, 0, None, self.tp_size, self.tp_rank, self.tp_group, self.dp_size, self.dp_rank, self.dp_group)
+        return self.expert_grid or dense
+
+    def for_experts(self) -> ParallelContext:
+        """The context of what belongs to experts: its tp and dp are the experts' (and its ``rank`` is no process's)."""
+        grid = self.expert_grid
+        if grid is None:
+            return self
+        return replace(
+            self,
+            tp_size=grid.tp_size,
+            tp_rank=grid.tp_rank,
+            tp_group=grid.tp_group,
+            dp_size=grid.dp_size,
+            dp_rank=grid.dp_rank,
+            dp_group=grid.dp_group,
+        )
+
+    def cut(self, of_expert: bool) -> tuple[int, int]:
+        """(rank, size) of the group over which a tensor is cut, an expert's or another."""
+        return (self.experts.tp_rank, self.experts.tp_size) if of_expert else (self.tp_rank, self.tp_size)
+
+    def own_experts(self, count: int) -> range:
+        """Global numbers of the experts of this rank, of ``count``."""
+        size = count // self.experts.ep_size
+        return range(self.experts.ep_rank * size, (self.experts.ep_rank + 1) * size)
+
+    @property
+    def has_first_copy(self) -> bool:
+        """Whether this rank is the first with its part of the dense weights and of the experts together: the one that saves them."""
+        place = self.dp_rank * self.tp_size + self.tp_rank
+        return place < max(self.tp_size, self.experts.ep_size * self.experts.tp_size)
+
+    @property
+    def dp_ranks_of_replica(self) -> int:
+        """Over how many neighbours on the data-parallel axis one whole copy of the model extends."""
+        return max(1, self.experts.ep_size * self.experts.tp_size // self.tp_size)
 
 
 def world_size_from_environment() -> int:
@@ -81,45 +149,90 @@ def data_parallel_size(world_size: int, tensor_parallel_size: int, pipeline_para
     return world_size // model_size
 
 
+def check_expert_grid(dp_size: int, tp_size: int, ep_size: int, etp_size: int | None) -> int:
+    """Of how many ranks a pipeline stage's experts have a copy: dp x tp / (ep x etp).
+
+    Raises:
+        UsageError: the experts' grid does not cover the stage's ranks.
+    """
+    size = ep_size * (etp_size or tp_size)
+    if dp_size * tp_size % size:
+        raise UsageError(
+            f"--expert-model-parallel-size {ep_size} x expert tensor parallel size {etp_size or tp_size} = {size} does not divide the "
+            f"{dp_size * tp_size} processes of a pipeline stage (data parallel size {dp_size} x tensor parallel size {tp_size}); "
+            "start more processes, or use a smaller --expert-model-parallel-size"
+        )
+    return dp_size * tp_size // size
+
+
 def single_process_context(device: torch.device | None = None) -> ParallelContext:
     """The grid of one process, without any process group."""
     return ParallelContext(device=device or torch.device("cpu"))
 
 
-def _embedding_group(pp_size: int, grid: torch.Tensor, rank: int) -> dist.ProcessGroup | None:
-    """Pairs (first stage, last stage) of equal dp and tp rank; every rank takes part in making every pair."""
-    if pp_size == 1:
-        return None
+def _own_group(every: Iterable[list[int]], rank: int) -> dist.ProcessGroup | None:
+    """This rank's group of ``every``, which all ranks make together; None where it would be alone."""
     own = None
-    for dp_rank in range(grid.shape[0]):
-        for tp_rank in range(grid.shape[2]):
-            pair = [int(grid[dp_rank, 0, tp_rank]), int(grid[dp_rank, -1, tp_rank])]
-            group = dist.new_group(pair)
-            if rank in pair:
-                own = group
+    for ranks in every:
+        group = dist.new_group(ranks) if len(ranks) > 1 else None
+        own = group if rank in ranks else own
     return own
 
 
+def _embedding_group(pp_size: int, grid: torch.Tensor, rank: int) -> dist.ProcessGroup | None:
+    """Pairs (first stage, last stage) of equal dp and tp rank."""
+    if pp_size == 1:
+        return None
+    return _own_group(grid[:, [0, -1]].transpose(1, 2).reshape(-1, 2).tolist(), rank)
+
+
+def _expert_grid(context: ParallelContext, grid: torch.Tensor, ep_size: int, etp_size: int, same_tokens: bool) -> ExpertGrid | None:
+    """The grid ``[edp, ep, etp]`` over the ranks ``grid`` ``[dp, pp, tp]``; None where experts lie as everything else does."""
+    if ep_size == 1 and etp_size == context.tp_size:
+        return None
+    dp_size = check_expert_grid(context.dp_size, context.tp_size, ep_size, etp_size)
+    cut = etp_size == context.tp_size
+    place = context.dp_rank * context.tp_size + context.tp_rank
+    ranks = grid.transpose(0, 1).reshape(context.pp_size, dp_size, ep_size, etp_size)  # [pp, edp, ep, etp]
+    return ExpertGrid(
+        ep_size=ep_size,
+        ep_rank=place // etp_size % ep_size,
+        ep_group=_own_group(ranks.transpose(2, 3).reshape(-1, ep_size).tolist(), context.rank),
+        tp_size=etp_size,
+        tp_rank=context.tp_rank if cut else 0,
+        tp_group=context.tp_group if cut else None,
+        dp_size=dp_size,
+        dp_rank=place // (etp_size * ep_size),
+        dp_group=_own_group(ranks.permute(0, 2, 3, 1).reshape(-1, dp_size).tolist(), context.rank),
+        same_tokens=same_tokens,
+    )
+
+
 def build_context(
-    device: torch.device, tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, sequence_parallel: bool = False
+    device: torch.device,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    sequence_parallel: bool = False,
+    expert_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
+    same_tokens: bool = False,
 ) -> ParallelContext:
     """Lay the grid over the already initialised process group (or over one process when there is none).
 
-    Collective: every rank calls it with the same sizes. ``sequence_parallel`` has no effect at tp size 1.
+    Collective: every rank calls it with the same sizes. ``sequence_parallel`` has no effect at tp size 1. The expert tensor parallel
+    size is 1 or the tensor parallel size (None); ``same_tokens``: see :class:`ExpertGrid`.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     dp_size = data_parallel_size(world_size, tensor_parallel_size, pipeline_parallel_size)
+    etp_size = expert_tensor_parallel_size or tensor_parallel_size
+    check_expert_grid(dp_size, tensor_parallel_size, expert_parallel_size, etp_size)
     if world_size == 1:
         return ParallelContext(device=device)
     mesh = init_device_mesh(device.type, (dp_size, pipeline_parallel_size, tensor_parallel_size), mesh_dim_names=("dp", "pp", "tp"))
     sizes = {"dp": dp_size, "pp": pipeline_parallel_size, "tp": tensor_parallel_size}
     groups = {name: mesh.get_group(name) if size > 1 else None for name, size in sizes.items()}
     dp_rank, pp_rank, tp_rank = (int(value) for value in mesh.get_coordinate() or (0, 0, 0))
-    model_group = None
-    for replica in range(dp_size):
-        group = dist.new_group(mesh.mesh[replica].flatten().tolist())
-        model_group = group if replica == dp_rank else model_group
-    return ParallelContext(
+    context = ParallelContext(
         device=device,
         tp_size=tensor_parallel_size,
         pp_size=pipeline_parallel_size,
@@ -130,22 +243,31 @@ def build_context(
         tp_group=groups["tp"],
         pp_group=groups["pp"],
         dp_group=groups["dp"],
-        model_group=model_group if tensor_parallel_size * pipeline_parallel_size > 1 else None,
+        model_group=_own_group(mesh.mesh.flatten(1).tolist(), dist.get_rank()),
         embedding_group=_embedding_group(pipeline_parallel_size, mesh.mesh, dist.get_rank()),
         sequence_parallel=sequence_parallel and tensor_parallel_size > 1,
     )
+    return replace(context, expert_grid=_expert_grid(context, mesh.mesh, expert_parallel_size, etp_size, same_tokens))
 
 
 def initialize(
-    device_name: str, tensor_parallel_size: int, pipeline_parallel_size: int, sequence_parallel: bool, timeout_minutes: int
+    device_name: str,
+    tensor_parallel_size: int,
+    pipeline_parallel_size: int,
+    sequence_parallel: bool,
+    timeout_minutes: int,
+    expert_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
+    same_tokens: bool = False,
 ) -> ParallelContext:
     """Choose the device, join torchrun's process group if there is one, and lay the grid. Called by entry verbs only."""
-    world_size = world_size_from_environment()
-    data_parallel_size(world_size, tensor_parallel_size, pipeline_parallel_size)
+    dp_size = data_parallel_size(world_size_from_environment(), tensor_parallel_size, pipeline_parallel_size)
+    check_expert_grid(dp_size, tensor_parallel_size, expert_parallel_size, expert_tensor_parallel_size)
     device = select_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group(collective_backend(device), timeout=timedelta(minutes=timeout_minutes))
-    return build_context(device, tensor_parallel_size, pipeline_parallel_size, sequence_parallel)
+    experts = (expert_parallel_size, expert_tensor_parallel_size, same_tokens)
+    return build_context(device, tensor_parallel_size, pipeline_parallel_size, sequence_parallel, *experts)
 
 
 def shutdown() -> None:

@@ -102,7 +102,8 @@ class PipelineRunner:
         self.stages, self.context, self.loss = list(stages), context, loss
         self.loss_scale = 1.0
         memory = torch.tensor(float(total_memory_bytes(context.device)), dtype=torch.float32, device=context.device)
-        all_reduce(memory, context.model_group, dist.ReduceOp.MIN)  # all ranks of a replica must cut a step alike
+        for group in (context.model_group, context.experts.ep_group):  # all ranks that work together must cut a step alike
+            all_reduce(memory, group, dist.ReduceOp.MIN)
         self._budget_bytes = buffer_fraction * float(memory)
         self._key: tuple[int, int, int] | None = None
         self._schedule: Any = None
@@ -146,14 +147,21 @@ class PipelineRunner:
         if not library_schedules_work(self.context):
             return fill_drain(self.stages, self.context, ids, inputs, micro_batch_size, self._scaled_loss, targets)
         losses = []
-        start, length = 0, ids.shape[1]
+        start = 0
         num_micro_batches = ids.shape[0] // micro_batch_size
-        largest = self.largest_call(micro_batch_size, length)
+        largest = self.largest_call(micro_batch_size, self._longest(ids.shape[1]))
         for size in split_micro_batches(num_micro_batches, self.context.pp_size, len(self.stages), largest):
             rows = slice(start, start + size * micro_batch_size)
             start = rows.stop
             losses.append(self._step(ids[rows], _take(inputs, rows), targets[rows], micro_batch_size, size))
         return torch.cat(losses)
+
+    def _longest(self, length: int) -> int:
+        """Padded tokens of a row, the most of any replica that this one exchanges rows of experts with: they take turns alike."""
+        group = self.context.experts.ep_group
+        if group is None:
+            return length
+        return int(all_reduce(torch.tensor(length, device=self.context.device), group, dist.ReduceOp.MAX))
 
     def _scaled_loss(self, losses: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return self.loss(losses, targets) * self.loss_scale

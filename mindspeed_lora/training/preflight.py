@@ -11,7 +11,7 @@ import torch
 
 from mindspeed_lora.arguments.configs import TrainConfig
 from mindspeed_lora.checkpoint.reference import ReferencePoint, find_reference
-from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, resolve_model_config
+from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, resolve_model_config, run_layout
 from mindspeed_lora.checkpoint.resume import TrainerState, read_trainer_state
 from mindspeed_lora.checkpoint.start import StartPoint, check_save_folder, find_start
 from mindspeed_lora.data.pairs import PairDataset, open_pair_dataset
@@ -21,7 +21,7 @@ from mindspeed_lora.data.sft_dataset import KEYS, PAIR_KEYS, DocumentRule, SFTDa
 from mindspeed_lora.data.tokenizer import load_tokenizer, pad_token_id
 from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.ops.nf4 import check_nf4
-from mindspeed_lora.parallel.context import data_parallel_size
+from mindspeed_lora.parallel.context import check_expert_grid, data_parallel_size
 from mindspeed_lora.training.documents import document_rule
 from mindspeed_lora.training.profiling import check_profile
 from mindspeed_lora.training.schedule import LearningRateSchedule, build_schedule
@@ -112,7 +112,9 @@ def plan_model(config: TrainConfig, world_size: int, start: StartPoint | None = 
     schedule = build_schedule(config.optimizer, config.train_iters, global_batch_size)
     start = start or find_start(config.load, config.lora is not None)
     check_save_folder(config.save.save, start)
-    model = resolve_model_config(start.base, config.architecture, parallel.tensor_parallel_size)
+    layout = run_layout(parallel)
+    model = resolve_model_config(start.base, config.architecture, layout)
+    check_expert_grid(dp_size, layout.tensor_parallel_size, layout.expert_parallel_size, layout.expert_tensor_parallel_size)
     table = WeightTable(model)
     table.check_tensor_parallel(parallel.tensor_parallel_size)
     table.check_pipeline(parallel.pipeline_parallel_size, parallel.layers_per_virtual_stage)
@@ -126,7 +128,7 @@ def plan_model(config: TrainConfig, world_size: int, start: StartPoint | None = 
         start=start,
         model=model,
         table=table,
-        layout=Layout(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.layers_per_virtual_stage),
+        layout=layout,
         lora=lora,
         dtype=_dtype(config),
         pad_multiple=_pad_multiple(config, model, notes),
@@ -284,8 +286,8 @@ def _reference(plan: ModelPlan, state: TrainerState) -> ReferencePoint | None:
     preference = plan.config.preference
     if preference is None:
         return None
-    size, recorded = plan.layout.tensor_parallel_size, state.origin.get("reference")
-    reference = find_reference(preference, plan.start, recorded, plan.config.architecture, plan.model, plan.lora, size)
+    recorded, architecture = state.origin.get("reference"), plan.config.architecture
+    reference = find_reference(preference, plan.start, recorded, architecture, plan.model, plan.lora, plan.layout)
     if reference is None:
         plan.notes.append(f"--dpo-loss-type {preference.loss_type} needs no reference model")
         return None

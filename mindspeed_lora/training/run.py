@@ -63,6 +63,8 @@ def train(config: TrainConfig) -> int:
         parallel.pipeline_parallel_size,
         parallel.sequence_parallel,
         config.runtime.distributed_timeout_minutes,
+        parallel.expert_parallel_size,
+        parallel.expert_tensor_parallel_size,
     )
     try:
         _run(plan, context)

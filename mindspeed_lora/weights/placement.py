@@ -103,27 +103,32 @@ def experts_of(layout: Layout, tp_rank: int, ep_rank: int, count: int) -> range:
     return range(start, start + size)
 
 
-def check_experts(config: ModelConfig, layout: Layout) -> None:
-    """Whether the experts can be dealt out and cut.
+def check_experts(config: ModelConfig, layout: Layout, flag: str = "--target-expert-parallel-size") -> None:
+    """Whether the experts can be dealt out and cut; ``flag`` gave the expert parallel size.
 
     Raises:
         UsageError: a size does not divide, or the model has no experts.
     """
     tp_size, ep_size, experts = layout.tensor_parallel_size, layout.expert_parallel_size, config.experts
     if experts is None:
-        for flag, given in (
-            (f"--target-expert-parallel-size {ep_size}", ep_size != 1),
+        for words, given in (
+            (f"{flag} {ep_size}", ep_size != 1),
+            (f"--expert-tensor-parallel-size {layout.expert_tensor_parallel_size}", expert_tensor_size(layout) not in (1, tp_size)),
             ("--moe-grouped-gemm", layout.grouped_gemm),
             ("--moe-tp-extend-ep", layout.experts_over_tensor_ranks),
         ):
             if given:
-                raise UsageError(f"{flag}: a {config.family} model has no experts; leave the flag out")
+                raise UsageError(f"{words}: a {config.family} model has no experts; leave the flag out")
         return
     etp_size = expert_tensor_size(layout)
     if etp_size not in (1, tp_size):
         raise UsageError(f"--expert-tensor-parallel-size {etp_size} is not supported; use 1 or the tensor parallel size {tp_size}")
     if experts.count % expert_blocks(layout):
-        raise UsageError(f"{experts.count} experts cannot be dealt out evenly over {expert_blocks(layout)} blocks; use a divisor")
+        divisors = [size for size in range(1, experts.count + 1) if experts.count % size == 0]
+        raise UsageError(
+            f"{flag} {ep_size}: {experts.count} experts cannot be dealt out evenly over {expert_blocks(layout)} blocks; "
+            f"use one of {divisors}"
+        )
     uneven = max(tp_size, ep_size) % min(tp_size, ep_size)
     if etp_size == 1 and not layout.experts_over_tensor_ranks and uneven:
         raise UsageError(
