@@ -28,6 +28,8 @@ class Layout:
     virtual: int | None = None
     micro_batch: int | None = None
     most_rows: int = GLOBAL_BATCH
+    ep: int = 1
+    etp: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -76,6 +78,8 @@ class Cell:
             parallel__pipeline_parallel_size=layout.pp,
             parallel__sequence_parallel=layout.sp,
             parallel__layers_per_virtual_stage=layout.virtual,
+            parallel__expert_parallel_size=layout.ep,
+            parallel__expert_tensor_parallel_size=layout.etp,
             optimizer__use_distributed_optimizer=self.distributed_optimizer,
             recompute=RECOMPUTE[self.recompute],
             micro_batch_size=layout.micro_batch or min(self.micro_batch, layout.most_rows),
@@ -112,11 +116,12 @@ def pairwise(cells: list[Cell]) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank reports: losses and norms of all steps, and its shards by name (dp rank 0 only)."""
+    """What one rank reports: losses and norms of all steps, and its shards by name (of the first ranks that hold them)."""
 
     losses: list[float]
     norms: list[float]
     tp_rank: int
+    expert_tp_rank: int
     gradients: dict[str, torch.Tensor]
     changes: dict[str, torch.Tensor]
 
@@ -134,7 +139,8 @@ def run_cell(config: TrainConfig, steps: int = STEPS) -> Outcome:
     torch.manual_seed(config.runtime.seed)
     plan = plan_training(config, world_size_from_environment())
     parallel = config.parallel
-    context = initialize("cpu", parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.sequence_parallel, 5)
+    sizes = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.sequence_parallel)
+    context = initialize("cpu", *sizes, 5, parallel.expert_parallel_size, parallel.expert_tensor_parallel_size)
     stages, _ = build_model(plan, context)
     trained = trained_parameters(stages, plan.table, context)
     parts = build_machinery(plan, context, stages, trained)
@@ -146,15 +152,14 @@ def run_cell(config: TrainConfig, steps: int = STEPS) -> Outcome:
         losses.append(result.loss)
         norms.append(result.norm)
         if number == 0:
-            whole = all_gather_dim0(parts.gradients.own, context.dp_group) if parts.gradients.sharded else parts.gradients.own
-            gradients = {item.name: parts.gradients.layout.view(whole, item).clone() for item in trained}
+            for part in parts.gradients.parts:
+                whole = all_gather_dim0(part.own, part.context.dp_group) if part.sharded else part.own
+                gradients |= {item.name: part.layout.view(whole, item).clone() for item in part.layout.parameters}
     changes = {item.name: item.parameter.detach() - start[item.name] for item in trained}
-    if context.dp_rank:
+    if not context.has_first_copy:
         gradients, changes = {}, {}
-    experts = stages[0].experts
-    return Outcome(
-        losses, norms, context.tp_rank, dict(named_slices(gradients.items(), experts)), dict(named_slices(changes.items(), experts))
-    )
+    sliced = [dict(named_slices(values.items(), stages[0].experts)) for values in (gradients, changes)]
+    return Outcome(losses, norms, context.tp_rank, context.experts.tp_rank, *sliced)
 
 
 def assemble(outcomes: list[Outcome], table: Any, field: str) -> dict[str, torch.Tensor]:
@@ -164,7 +169,8 @@ def assemble(outcomes: list[Outcome], table: Any, field: str) -> dict[str, torch
     shards: dict[str, dict[int, torch.Tensor]] = {}
     for outcome in outcomes:
         for name, value in getattr(outcome, field).items():
-            shards.setdefault(name, {})[outcome.tp_rank] = value
+            rank = outcome.expert_tp_rank if ".local_experts." in name else outcome.tp_rank
+            shards.setdefault(name, {})[rank] = value
     whole = {}
     for name, by_rank in shards.items():
         parts = table.unshard(table_row(table, name), [by_rank[rank] for rank in sorted(by_rank)])

@@ -232,7 +232,7 @@ def one_step(config: TrainConfig) -> tuple[float, torch.Tensor, float]:
     validation, _ = trainer.evaluate(seen)
     result = trainer.step(batch)
     assert result.loss is not None
-    return result.loss, parts.gradients.buffer.clone(), validation
+    return result.loss, parts.gradients.parts[0].buffer.clone(), validation
 
 
 def test_packed_equals_unpacked(workspace: Path) -> None:

@@ -26,7 +26,7 @@ class SavedStage(Protocol):
 
     @property
     def experts(self) -> range:
-        """Global numbers of the experts in its stacks."""
+        """Global numbers of the experts in its stacks; a file counts a rank's own from 0."""
         ...
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ def rank_models(stages: Sequence[SavedStage], lora_only: bool) -> dict[str, dict
     """``model`` (or ``model0``...) -> stage-local name -> tensor, as the peer's training saves them."""
     models = {}
     for key, stage in zip(model_keys(len(stages)), stages, strict=True):
-        named = named_slices(stage.state_dict().items(), stage.experts)
+        named = named_slices(stage.state_dict().items(), range(len(stage.experts)))
         tensors = {name: value for name, value in named if not lora_only or ".lora_" in name}
         models[key] = {local_name(name, stage.layer_range.start): value for name, value in tensors.items()}
     return models

@@ -5,8 +5,9 @@
     iter_0000010/resume/trainer_state.json     counters, what the data order depends on, schedule, layout
     iter_0000010/resume/*.distcp, .metadata    "<kind>.<global name>" fp32 (kind: master, exp_avg, exp_avg_sq), "rng.<kind>.<rank>"
 
-A tensor that is cut over TP is stored as the whole logical tensor (a DTensor while saving and loading), so TP, PP and DP
-may all change. Gate and up, which each rank holds as ``[gate_r; up_r]``, are stored as ``[2, f, ...]`` cut along dim 1.
+A tensor that is cut over TP, or a stack of experts over EP, is stored as the whole logical tensor (a DTensor while saving and loading),
+so TP, PP, EP and DP may all change. Gate and up, which each rank holds as ``[gate_r; up_r]``, are stored as ``[2, f, ...]`` cut along
+dim 1.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
@@ -58,9 +60,9 @@ class StateItem(Protocol):
 
 
 class OptimizerState(Protocol):
-    """What is saved of an optimizer (see :class:`mindspeed_lora.training.optimizer.FlatAdamW`)."""
+    """What is saved of an optimizer (see :class:`mindspeed_lora.training.optimizer.Optimizer`)."""
 
-    state: dict[str, torch.Tensor]
+    kinds: tuple[str, ...]
 
     @property
     def items(self) -> Sequence[StateItem]:
@@ -114,7 +116,7 @@ class _Exchange:
 
     def __init__(self, table: WeightTable, context: ParallelContext) -> None:
         self.table, self.context = table, context
-        self.mesh = DeviceMesh.from_group(context.tp_group, "cpu") if context.tp_group is not None else None
+        self._meshes: dict[tuple[bool, bool], DeviceMesh | None] = {}
 
     def stored_form(self, name: str, shard: torch.Tensor) -> torch.Tensor:
         """``shard`` (CPU, fp32) as a view, wrapped where it is cut over more than one rank."""
@@ -124,9 +126,30 @@ class _Exchange:
         if row.unit == "rank" and parts > 1:
             size, *inner = shard.shape[len(outer) :]
             shard, axis = shard.view(*outer, parts, size // parts, *inner), 1 if row.axis == 0 else None
-        if axis is None or self.mesh is None:
+        mesh = self._mesh(bool(outer), axis is not None)
+        if mesh is None:
             return shard
-        return DTensor.from_local(shard, self.mesh, [Shard(axis + len(outer))], run_check=False)
+        placements = [Shard(0)] if outer and self.context.experts.ep_group is not None else []
+        if len(placements) < mesh.ndim and axis is not None:
+            placements.append(Shard(axis + len(outer)))
+        return DTensor.from_local(shard, mesh, placements, run_check=False)
+
+    def _mesh(self, stack: bool, cut: bool) -> DeviceMesh | None:
+        """The ranks over which a tensor's parts lie: ``[tp]``; of a stack of experts ``[ep]``, ``[etp]`` or ``[ep, etp]``; None: one."""
+        if (stack, cut) not in self._meshes:
+            experts = self.context.experts
+            groups = (experts.ep_group if stack else None, (experts.tp_group if stack else self.context.tp_group) if cut else None)
+            self._meshes[stack, cut] = _mesh_of([group for group in groups if group is not None])
+        return self._meshes[stack, cut]
+
+
+def _mesh_of(groups: list[dist.ProcessGroup]) -> DeviceMesh | None:
+    """A CPU mesh over one or two groups, of which the second's ranks follow one another."""
+    if len(groups) < 2:
+        return DeviceMesh.from_group(groups[0], "cpu") if groups else None
+    outer, inner = (dist.get_process_group_ranks(group) for group in groups)
+    offsets = torch.tensor(inner) - dist.get_rank()
+    return DeviceMesh.from_group(groups, "cpu", torch.tensor(outer).unsqueeze(1) + offsets, mesh_dim_names=("ep", "tp"))
 
 
 def write_resume(
@@ -136,9 +159,9 @@ def write_resume(
     tensors: dict[str, torch.Tensor] = {}
     if optimizer is not None:
         exchange = _Exchange(table, context)
-        for kind in optimizer.state:
+        for kind in optimizer.kinds:
             for item, shard in optimizer.export(kind):
-                if item.cut or context.tp_rank == 0:
+                if item.cut or context.cut(is_stack(item.name))[0] == 0:
                     tensors[f"{kind}.{item.name}"] = exchange.stored_form(item.name, shard.contiguous())
     if save_rng:
         tensors |= {f"rng.{kind}.{context.rank}": value for kind, value in rng_state(context.device).items()}
@@ -213,7 +236,7 @@ def restore_optimizer(folder: Path, optimizer: OptimizerState, steps: int, table
     """
     sizes = _stored_sizes(folder)
     exchange = _Exchange(table, context)
-    for kind in optimizer.state:
+    for kind in optimizer.kinds:
         shards = {item.name: torch.empty(item.parameter.shape, dtype=torch.float32) for item in optimizer.items}
         wanted: dict[str, torch.Tensor] = {}
         for name, shard in shards.items():

@@ -3,7 +3,7 @@
 ::
 
     <save>/config.json, tokenizer files
-    <save>/iter_0000010/mp_rank_TT[_PPP]/model_optim_rng.pt    Megatron names, stage-local layers
+    <save>/iter_0000010/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt    Megatron names, stage-local layers, experts of the rank from 0
     <save>/iter_0000010/peft/                                  the adapter as PEFT and vLLM read it
     <save>/iter_0000010/resume/                                see mindspeed_lora.checkpoint.resume
     <save>/iter_0000010/mindspeed_lora.json                    manifest
@@ -104,14 +104,16 @@ def _prepare(staging: Path, name: str) -> None:
 def _write_model(
     target: SaveTarget, folder: Path, context: ParallelContext, stages: Sequence[SavedStage], state: TrainerState
 ) -> Part | None:
-    """One data-parallel replica writes; the others hold the same values."""
-    if context.dp_rank != 0:
+    """The first ranks with each part of the model and of its experts write; the others hold the same values."""
+    if not context.has_first_copy:
         return None
     args = megatron_args(target.config, target.layout, target.dtype, target.lora, state.iteration)
     args.consumed_train_samples = state.consumed_samples
     args.skipped_train_samples = state.skipped_samples
     models = rank_models(stages, target.lora_only)
-    path = write_rank_file(folder, context.tp_rank, context.pp_rank, context.tp_size, context.pp_size, models, args, state.iteration)
+    place = (context.tp_rank, context.pp_rank, context.tp_size, context.pp_size)
+    experts = (context.experts.ep_rank, context.experts.ep_size)
+    path = write_rank_file(folder, *place, models, args, state.iteration, expert=experts)
     return part_of(folder, path)
 
 

@@ -44,6 +44,7 @@ class ExpertGrid:
     dp_size: int = 1
     dp_rank: int = 0
     dp_group: dist.ProcessGroup | None = None
+    model_group: dist.ProcessGroup | None = None  # all ranks of one copy of the experts: ep x tp x pp
     same_tokens: bool = False
 
 
@@ -89,11 +90,11 @@ class ParallelContext:
     @property
     def experts(self) -> ExpertGrid:
         """This rank's place in the experts' grid."""
-        dense = ExpertGrid(1, 0, None, self.tp_size, self.tp_rank, self.tp_group, self.dp_size, self.dp_rank, self.dp_group)
-        return self.expert_grid or dense
+        tp, dp = (self.tp_size, self.tp_rank, self.tp_group), (self.dp_size, self.dp_rank, self.dp_group)
+        return self.expert_grid or ExpertGrid(1, 0, None, *tp, *dp, self.model_group)
 
     def for_experts(self) -> ParallelContext:
-        """The context of what belongs to experts: its tp and dp are the experts' (and its ``rank`` is no process's)."""
+        """The context of what belongs to experts: its tp, dp and model groups are the experts' (and its ``rank`` is no process's)."""
         grid = self.expert_grid
         if grid is None:
             return self
@@ -105,6 +106,7 @@ class ParallelContext:
             dp_size=grid.dp_size,
             dp_rank=grid.dp_rank,
             dp_group=grid.dp_group,
+            model_group=grid.model_group,
         )
 
     def cut(self, of_expert: bool) -> tuple[int, int]:
@@ -204,6 +206,7 @@ def _expert_grid(context: ParallelContext, grid: torch.Tensor, ep_size: int, etp
         dp_size=dp_size,
         dp_rank=place // (etp_size * ep_size),
         dp_group=_own_group(ranks.permute(0, 2, 3, 1).reshape(-1, dp_size).tolist(), context.rank),
+        model_group=_own_group(ranks.transpose(0, 1).flatten(1).tolist(), context.rank),
         same_tokens=same_tokens,
     )
 

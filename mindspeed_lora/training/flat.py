@@ -28,7 +28,8 @@ class TrainedParameter:
     """A trained parameter and what the reductions must know of it.
 
     ``cut``: over TP. ``partial``: its gradient is a share, to be summed over TP. ``counted``: False for the second
-    copy of a tied embedding, which the gradient norm leaves out. ``tied``: one of the two copies.
+    copy of a tied embedding, which the gradient norm leaves out. ``tied``: one of the two copies. ``of_expert``: its copies lie in the
+    experts' grid.
     """
 
     name: str
@@ -37,6 +38,7 @@ class TrainedParameter:
     partial: bool = False
     counted: bool = True
     tied: bool = False
+    of_expert: bool = False
 
     @property
     def decays(self) -> bool:
@@ -67,6 +69,14 @@ def _merged(ranges: Iterable[Range]) -> list[Range]:
         else:
             joined.append((start, end))
     return joined
+
+
+def by_grid(parameters: Sequence[TrainedParameter], context: ParallelContext) -> list[tuple[list[TrainedParameter], ParallelContext]]:
+    """Parameters with the context that says who holds their copies: all together, or dense ones and, with a grid of their own, experts'."""
+    if context.expert_grid is None:
+        return [(list(parameters), context)]
+    dense = [item for item in parameters if not item.of_expert]
+    return [(dense, context), ([item for item in parameters if item.of_expert], context.for_experts())]
 
 
 class FlatLayout:

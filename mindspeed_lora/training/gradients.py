@@ -4,12 +4,15 @@ Order of a step: all micro-batches' backward passes (hooks add into the buffer) 
 (TP sum of the partial range, DP sum, tied-embedding sum) -> in fp16 :meth:`FlatGradients.unscale` ->
 :meth:`FlatGradients.norm` -> :meth:`FlatGradients.clip`.
 The loss is divided by the global token count before backward, so that every reduction is a plain sum.
+
+Where experts have a grid of their own there are two buffers (:class:`Gradients`): the experts' is reduced over the ranks that hold the
+same experts, and its norm is summed over those that hold the others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,7 +20,7 @@ from torch import nn
 
 from mindspeed_lora.parallel.collectives import all_reduce, reduce_scatter_dim0
 from mindspeed_lora.parallel.context import ParallelContext
-from mindspeed_lora.training.flat import FlatLayout, intersect
+from mindspeed_lora.training.flat import FlatLayout, TrainedParameter, intersect
 
 _CLIP_EPSILON = 1e-6  # Megatron's and torch's
 
@@ -118,3 +121,39 @@ class FlatGradients:
         """Scale so that the norm is at most ``limit``; 0 turns clipping off."""
         if limit > 0 and norm > limit:
             self.own.mul_(limit / (norm + _CLIP_EPSILON))
+
+
+class Gradients:
+    """All gradients of a rank: of every grid that its parameters have copies in, one :class:`FlatGradients`."""
+
+    def __init__(self, parts: Sequence[FlatGradients]) -> None:
+        self.parts = tuple(parts)
+
+    def zero(self) -> None:
+        """Forget the last step's gradients."""
+        for part in self.parts:
+            part.zero()
+
+    def views(self) -> Iterator[tuple[TrainedParameter, torch.Tensor]]:
+        """Every parameter's accumulated gradient (before :meth:`reduce`)."""
+        for part in self.parts:
+            yield from ((item, part.layout.view(part.buffer, item)) for item in part.layout.parameters)
+
+    def reduce(self) -> None:
+        """Sum over all ranks that have a share or a copy. Collective, once per step."""
+        for part in self.parts:
+            part.reduce()
+
+    def unscale(self, scale: float) -> bool:
+        """Divide by the loss scale; False where a gradient of any rank is not finite. Collective over all ranks."""
+        finite = [part.unscale(scale) for part in self.parts]
+        return all(finite)
+
+    def norm(self) -> float:
+        """L2 norm over the whole model, every parameter counted once. Collective over all ranks that hold different ones."""
+        return math.hypot(*(part.norm() for part in self.parts))
+
+    def clip(self, norm: float, limit: float) -> None:
+        """Scale so that the norm is at most ``limit``; 0 turns clipping off."""
+        for part in self.parts:
+            part.clip(norm, limit)

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_lora.errors import MindSpeedLoraError
-from mindspeed_lora.parallel.collectives import all_reduce
+from mindspeed_lora.parallel.collectives import Group, all_reduce
 from mindspeed_lora.parallel.context import ParallelContext
-from mindspeed_lora.training.flat import TrainedParameter
-from mindspeed_lora.training.gradients import FlatGradients
+from mindspeed_lora.training.flat import TrainedParameter, by_grid
+from mindspeed_lora.training.gradients import Gradients
 
 _SHOWN_SAMPLES = 32
 
@@ -33,16 +33,16 @@ def check_finite(loss: float, norm: float, iteration: int, sample_ids: Sequence[
     )
 
 
-def check_lora_gradients(gradients: FlatGradients, context: ParallelContext) -> None:
+def check_lora_gradients(gradients: Gradients, context: ParallelContext) -> None:
     """After the first backward passes: some LoRA B on every stage that has any must have a gradient (A has none while B is zero).
 
     Raises:
         MindSpeedLoraError: naming the stage; every rank raises.
     """
     largest = torch.zeros((), device=context.device)
-    matrices = [item for item in gradients.layout.parameters if ".lora_B." in item.name]
-    for item in matrices:
-        peak = gradients.layout.view(gradients.buffer, item).abs().max()
+    matrices = [gradient for item, gradient in gradients.views() if ".lora_B." in item.name]
+    for gradient in matrices:
+        peak = gradient.abs().max()
         largest = torch.maximum(largest, peak.nan_to_num(nan=math.inf))  # an overflow of fp16 is not nothing
     all_reduce(largest, context.tp_group, dist.ReduceOp.MAX)
     all_reduce(largest, context.dp_group, dist.ReduceOp.MAX)
@@ -59,31 +59,40 @@ def check_lora_gradients(gradients: FlatGradients, context: ParallelContext) -> 
 
 
 def check_replicas(parameters: Sequence[TrainedParameter], context: ParallelContext) -> None:
-    """Trained parameters that every TP rank holds whole must be equal on all of them. Collective over tp.
+    """Trained parameters that every TP rank holds whole must be equal on all of them; with EP, those of experts also on their copies.
+
+    Collective over tp, and over the experts' data-parallel group.
 
     Raises:
-        MindSpeedLoraError: naming the first parameter that differs; every rank of the tp group raises.
+        MindSpeedLoraError: naming the first parameter that differs; every rank of the group raises.
     """
-    if context.tp_group is None:
+    for items, own in by_grid(parameters, context):
+        copies = own.dp_group if own is not context else None
+        for item in items:
+            _check_equal(item, None if item.cut else own.tp_group, "tensor-parallel ranks")
+            _check_equal(item, copies, "ranks that hold the same experts")
+
+
+def _check_equal(item: TrainedParameter, group: Group, who: str) -> None:
+    if group is None:
         return
-    for item in parameters:
-        if item.cut:
-            continue
-        own = item.parameter.detach()
-        first = all_reduce(own.clone(), context.tp_group, dist.ReduceOp.MAX)
-        last = all_reduce(own.clone(), context.tp_group, dist.ReduceOp.MIN)
-        if not torch.equal(first, last):
-            difference = float((first.float() - last.float()).abs().max())
-            raise MindSpeedLoraError(
-                f"{item.name} differs between tensor-parallel ranks by up to {difference:.3e}, though every rank holds it whole: "
-                "its gradient was not reduced alike. Nothing was saved; please report the layout (TP, PP, DP, --sequence-parallel)"
-            )
+    own = item.parameter.detach()
+    first = all_reduce(own.clone(), group, dist.ReduceOp.MAX)
+    last = all_reduce(own.clone(), group, dist.ReduceOp.MIN)
+    if not torch.equal(first, last):
+        difference = float((first.float() - last.float()).abs().max())
+        raise MindSpeedLoraError(
+            f"{item.name} differs between {who} by up to {difference:.3e}, though each holds all of it: "
+            "its gradient was not reduced alike. Nothing was saved; please report the layout (TP, PP, EP, DP, --sequence-parallel)"
+        )
 
 
 def largest_lora_b(parameters: Sequence[TrainedParameter], context: ParallelContext) -> float:
-    """max |B| over the whole adapter; 0 means that the adapter changes nothing. Collective over the model group."""
+    """max |B| over the whole adapter; 0 means that the adapter changes nothing. Collective over all ranks."""
     largest = torch.zeros((), dtype=torch.float32, device=context.device)
     for item in parameters:
         if ".lora_B." in item.name:
             largest = torch.maximum(largest, item.parameter.detach().abs().max().float())
-    return float(all_reduce(largest, context.model_group, dist.ReduceOp.MAX))
+    for group in (context.dp_group, context.model_group):
+        all_reduce(largest, group, dist.ReduceOp.MAX)
+    return float(largest)

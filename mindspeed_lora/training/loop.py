@@ -19,11 +19,11 @@ from mindspeed_lora.parallel.collectives import all_reduce
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.pipeline import PipelineRunner
 from mindspeed_lora.training.flops import FlopsModel
-from mindspeed_lora.training.gradients import FlatGradients
+from mindspeed_lora.training.gradients import Gradients
 from mindspeed_lora.training.guards import check_finite, check_lora_gradients
 from mindspeed_lora.training.loss_scale import LossScaler
 from mindspeed_lora.training.objective import Objective
-from mindspeed_lora.training.optimizer import FlatAdamW
+from mindspeed_lora.training.optimizer import Optimizer
 from mindspeed_lora.training.profiling import StepTrace
 from mindspeed_lora.training.report import IterationReport, Recorder, validation_line
 from mindspeed_lora.training.schedule import LearningRateSchedule
@@ -74,8 +74,8 @@ class Machinery:
 
     runner: PipelineRunner
     objective: Objective
-    gradients: FlatGradients
-    optimizer: FlatAdamW
+    gradients: Gradients
+    optimizer: Optimizer
     schedule: LearningRateSchedule
     flops: FlopsModel
     trains_lora: bool

@@ -7,15 +7,15 @@ all-gather. Both ways compute the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from mindspeed_lora.arguments.configs import OptimizerFlags
 from mindspeed_lora.parallel.collectives import all_gather_dim0
 from mindspeed_lora.parallel.context import ParallelContext
-from mindspeed_lora.training.flat import FlatLayout, TrainedParameter, intersect
-from mindspeed_lora.training.gradients import FlatGradients
+from mindspeed_lora.training.flat import FlatLayout, TrainedParameter, by_grid, intersect
+from mindspeed_lora.training.gradients import FlatGradients, Gradients
 
 STATE_NAMES = ("master", "exp_avg", "exp_avg_sq")
 _CHUNK = 1 << 24  # elements handled at once: bounds AdamW's temporaries and the transfers of a gathered state
@@ -132,6 +132,57 @@ class FlatAdamW:
         """Take the model's weights as the masters (after weights were loaded over them)."""
         if not self._aliased:
             self.state["master"].copy_(self.flat[self.layout.own[0] : self.layout.own[1]])
+
+
+class Optimizer:
+    """All of a rank's updates: one :class:`FlatAdamW` for each of :class:`~mindspeed_lora.training.gradients.Gradients`' parts."""
+
+    kinds: tuple[str, ...] = STATE_NAMES
+
+    def __init__(self, parts: Sequence[FlatAdamW]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    def items(self) -> list[TrainedParameter]:
+        """The trained parameters."""
+        return [item for part in self.parts for item in part.items]
+
+    def step(self, lr: float) -> None:
+        """See :meth:`FlatAdamW.step`."""
+        for part in self.parts:
+            part.step(lr)
+
+    def publish(self) -> None:
+        """See :meth:`FlatAdamW.publish`."""
+        for part in self.parts:
+            part.publish()
+
+    def set_steps(self, steps: int) -> None:
+        """Continue at ``steps`` updates."""
+        for part in self.parts:
+            part.set_steps(steps)
+
+    def export(self, kind: str) -> Iterator[tuple[TrainedParameter, torch.Tensor]]:
+        """See :meth:`FlatAdamW.export`."""
+        for part in self.parts:
+            yield from part.export(kind)
+
+    def restore(self, kind: str, fetch: Callable[[TrainedParameter], torch.Tensor]) -> None:
+        """See :meth:`FlatAdamW.restore`."""
+        for part in self.parts:
+            part.restore(kind, fetch)
+
+
+def build_updates(trained: Sequence[TrainedParameter], context: ParallelContext, flags: OptimizerFlags) -> tuple[Gradients, Optimizer]:
+    """Flat buffers and optimizer of this rank's parameters; their data moves into the buffers."""
+    gradients, optimizers = [], []
+    sharded = flags.use_distributed_optimizer
+    for items, own in by_grid(trained, context):
+        layout = FlatLayout(items, own, sharded)
+        flat = layout.flatten_parameters()
+        gradients.append(FlatGradients(layout, own, sharded))
+        optimizers.append(FlatAdamW(layout, flat, gradients[-1], flags, own))
+    return Gradients(gradients), Optimizer(optimizers)
 
 
 def optimizer_bytes(trained: int, own: int, parameter_bytes: int) -> dict[str, int]:

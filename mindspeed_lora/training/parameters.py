@@ -26,15 +26,17 @@ def trained_parameters(stages: Sequence[nn.Module], table: WeightTable, context:
             if not parameter.requires_grad:
                 continue
             row = table_row(table, name)
-            partial = context.tp_size > 1 and (row.grad_sum == "always" or (row.grad_sum == "sp" and context.sequence_parallel))
+            tp_size = context.cut(row.expert is not None)[1]
+            partial = tp_size > 1 and (row.grad_sum == "always" or (row.grad_sum == "sp" and context.sequence_parallel))
             trained.append(
                 TrainedParameter(
                     name,
                     parameter,
-                    cut=row.axis is not None,
+                    cut=row.axis is not None and tp_size == context.tp_size,
                     partial=partial,
                     counted=row.alias_of is None,
                     tied=two_copies and _EMBEDDING in (row.megatron, row.alias_of),
+                    of_expert=row.expert is not None,
                 )
             )
     return trained

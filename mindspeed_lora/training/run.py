@@ -27,14 +27,13 @@ from mindspeed_lora.parallel.on_demand import BaseStorage, Plain
 from mindspeed_lora.parallel.pipeline import PipelineRunner, sum_of_rows
 from mindspeed_lora.training.dry_run import dry_run
 from mindspeed_lora.training.ending import report_end
-from mindspeed_lora.training.flat import FlatLayout, TrainedParameter
+from mindspeed_lora.training.flat import TrainedParameter
 from mindspeed_lora.training.flops import flops_model
-from mindspeed_lora.training.gradients import FlatGradients
 from mindspeed_lora.training.guards import check_replicas
 from mindspeed_lora.training.loop import Machinery, Trainer
 from mindspeed_lora.training.loss_scale import build_scaler
 from mindspeed_lora.training.objective import Objective, PairLoss, RecordLoss
-from mindspeed_lora.training.optimizer import FlatAdamW
+from mindspeed_lora.training.optimizer import build_updates
 from mindspeed_lora.training.parameters import trained_parameters
 from mindspeed_lora.training.preference import PreferenceLoss
 from mindspeed_lora.training.preflight import TrainingPlan, plan_training
@@ -135,14 +134,12 @@ def build_machinery(plan: TrainingPlan, context: ParallelContext, stages: Sequen
     loss = sum_of_rows if preference is None else PreferenceLoss(preference)
     runner = PipelineRunner(stages, context, plan.config.pipeline_buffer_fraction, loss)
     objective = _objective(plan, runner, stages)
-    layout = FlatLayout(trained, context, flags.use_distributed_optimizer)
-    flat = layout.flatten_parameters()
-    gradients = FlatGradients(layout, context, flags.use_distributed_optimizer)
+    gradients, optimizer = build_updates(trained, context, flags)
     return Machinery(
         runner=runner,
         objective=objective,
         gradients=gradients,
-        optimizer=FlatAdamW(layout, flat, gradients, flags, context),
+        optimizer=optimizer,
         schedule=plan.schedule,
         flops=flops_model(plan.model, plan.table, plan.lora, plan.reference is not None),
         trains_lora=plan.lora is not None,
