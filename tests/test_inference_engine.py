@@ -63,7 +63,7 @@ def test_the_published_story_is_told_at_every_layout(pool: ProcessPool, tp: int,
     assert all(text == "" for _, text in results[1:]), "only the driver prints"
 
 
-def logits_cell(folder: Path, tp: int, pp: int) -> dict[str, torch.Tensor] | None:
+def logits_cell(folder: Path, tp: int, pp: int, ep: int = 1, etp: int | None = None) -> dict[str, torch.Tensor] | None:
     """Prefill of a left-padded batch, a step, rows reordered, a step, cropped, a step; without cache; and scores."""
     from mindspeed_lora.inference.generator import Limits, ParallelCausalLM, Strategy, generate, pad_left
 
@@ -92,7 +92,9 @@ def logits_cell(folder: Path, tp: int, pp: int) -> dict[str, torch.Tensor] | Non
                 texts = generate(model, PROMPTS, strategy, Limits(12, (2,)), 7, use_cache)
                 found[f"{name} {use_cache}"] = torch.tensor([text + [-1] * (12 - len(text)) for text in texts])
 
-    session = open_session(config_for(folder, tp, pp, tokenizer=TokenizerFlags(shared_data() / "stories260k" / "hf")), all_replicas=False)
+    parallel = ParallelFlags(tp, pp, expert_parallel_size=ep, expert_tensor_parallel_size=etp)
+    tokenizer = TokenizerFlags(shared_data() / "stories260k" / "hf")
+    session = open_session(config_for(folder, tp, pp, tokenizer=tokenizer, parallel=parallel), all_replicas=False)
     assert lead(session, work) == 0
     return found or None
 

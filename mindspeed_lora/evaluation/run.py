@@ -97,8 +97,8 @@ def _work(config: EvaluationConfig, session: Session, engine: Engine, jobs: list
         raise UsageError("--compare-base: there is no adapter to compare with the base; pass --lora-load")
     context = session.context
     handlers: dict[str, Callable[..., Any]] = work_handlers(engine, session.tokenizer)
-    replicas = Replicas(handlers, session.channels.drivers, context.dp_rank, context.dp_size)
-    if context.dp_rank > 0:
+    replicas = Replicas(handlers, session.channels.drivers, context.replica_rank, context.replicas)
+    if context.replica_rank > 0:
         replicas.follow()
         return
     lm = ParallelLM(

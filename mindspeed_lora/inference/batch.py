@@ -69,7 +69,7 @@ def answer_file(answerer: Answerer, strategy: Strategy, requests: Sequence[Reque
         KeyboardInterrupt: Ctrl-C; what was answered is in the partial file.
     """
     session, config = answerer.session, answerer.config
-    rank, size, drivers = session.context.dp_rank, session.context.dp_size, session.channels.drivers
+    rank, size, drivers = session.context.replica_rank, session.context.replicas, session.channels.drivers
     planned: Any = None
     if rank == 0:
         planned = plan_batches(config, session, [request for request in requests if request.number not in output.done])

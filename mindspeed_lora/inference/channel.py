@@ -2,7 +2,7 @@
 
 ```
 world    all ranks                         agree on the exit code
-replica  tp x pp ranks of one replica      driver (group rank 0: tp 0, pp 0) -> workers, scores -> driver
+replica  all ranks of one whole model      driver (group rank 0: tp 0, pp 0) -> workers, scores -> driver
 drivers  the driver of every replica       replica 0 deals out work and collects the results
 ```
 
@@ -45,12 +45,12 @@ def open_channels(context: ParallelContext) -> Channels:
     def group(ranks: list[int]) -> Group:
         return dist.new_group(ranks, backend="gloo", timeout=IDLE_TIMEOUT) if len(ranks) > 1 else None
 
-    size = context.tp_size * context.pp_size
+    size = context.tp_size * context.pp_size * context.dp_ranks_of_replica
     world = group(list(range(context.world_size)))
     replicas = [group(list(range(start, start + size))) for start in range(0, context.world_size, size)]
     drivers = group(list(range(0, context.world_size, size)))
-    is_driver = context.tp_rank == 0 and context.pp_rank == 0
-    return Channels(world, replicas[context.dp_rank], drivers if is_driver else None)
+    is_driver = context.speaks and context.is_first_stage
+    return Channels(world, replicas[context.replica_rank], drivers if is_driver else None)
 
 
 class StoppedElsewhere(MindSpeedLoraError):

@@ -125,8 +125,8 @@ class Executor:
         logits = self.stage.gather_logits(x).float().contiguous()
         result = logits if message.output == Output.LOGITS else score(logits, message.targets)
         if context.pp_rank == 0:
-            return result if context.tp_rank == 0 else None
-        if context.tp_rank == 0:
+            return result if context.speaks else None
+        if context.speaks:
             self._send_to_driver(result)
         return None
 

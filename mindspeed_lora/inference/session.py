@@ -70,7 +70,7 @@ class Session:
     @property
     def is_driver(self) -> bool:
         """First rank of its replica."""
-        return self.context.tp_rank == 0 and self.context.pp_rank == 0
+        return self.context.speaks and self.context.is_first_stage
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -117,7 +117,7 @@ def open_session(
         if prepare is not None and context.rank == 0:
             prepare()
         _note_ignored(config)
-        session = _load(config, context, channels, all_replicas or context.dp_rank == 0, examine)
+        session = _load(config, context, channels, all_replicas or context.replica_rank == 0, examine)
     except MindSpeedLoraError as caught:
         error = caught
     agree(error, channels.world)
@@ -304,6 +304,8 @@ def _describe(
     adapter: Adapter | None,
 ) -> dict[str, Any]:
     layout = {name: getattr(context, name) for name in ("tp_size", "pp_size", "dp_size")}
+    if context.expert_grid is not None:
+        layout |= {"ep_size": context.experts.ep_size, "expert_tp_size": context.experts.tp_size}
     manifest = base.manifest if adapter is None else adapter.manifest
     return {
         "load": str(config.load.load),

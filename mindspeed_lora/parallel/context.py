@@ -126,8 +126,23 @@ class ParallelContext:
 
     @property
     def dp_ranks_of_replica(self) -> int:
-        """Over how many neighbours on the data-parallel axis one whole copy of the model extends."""
+        """Over how many neighbours on the data-parallel axis one whole copy of the model, all experts included, extends."""
         return max(1, self.experts.ep_size * self.experts.tp_size // self.tp_size)
+
+    @property
+    def replica_rank(self) -> int:
+        """Which whole copy of the model this rank belongs to."""
+        return self.dp_rank // self.dp_ranks_of_replica
+
+    @property
+    def replicas(self) -> int:
+        """Whole copies of the model."""
+        return self.dp_size // self.dp_ranks_of_replica
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank is the one of its stage that hands on what all of a replica's ranks of the stage computed alike."""
+        return self.tp_rank == 0 and self.dp_rank % self.dp_ranks_of_replica == 0
 
 
 def world_size_from_environment() -> int:

@@ -56,14 +56,30 @@ def changes(sizes: RunSizes, machine: Machine) -> Iterator[tuple[str, RunSizes]]
     yield from _layouts(sizes)
     if sizes.dp_size > 1 and not sizes.sharded_optimizer:
         yield "--use-distributed-optimizer", replace(sizes, sharded_optimizer=True)
+    if sizes.model.experts is not None:
+        yield from _expert_layouts(sizes)
+        return
     if sizes.lora and sizes.dp_size > 1 and not sizes.fsdp_base:
         yield "--fsdp-base", replace(sizes, fsdp_base=True)
     if sizes.lora and not sizes.qlora and not machine.name.startswith("atlas"):
         yield "--qlora", replace(sizes, qlora=True)
 
 
+def _expert_layouts(sizes: RunSizes) -> Iterator[tuple[str, RunSizes]]:
+    """Twice the EP, on the ranks that are there."""
+    more = replace(sizes, ep_size=2 * sizes.ep_size)
+    if _holds_experts(more):
+        yield f"--expert-model-parallel-size {more.ep_size}", more
+
+
+def _holds_experts(sizes: RunSizes) -> bool:
+    """Whether the ranks of a stage hold whole copies of the experts."""
+    count = sizes.model.experts.count if sizes.model.experts else sizes.ep_size
+    return count % sizes.ep_size == 0 and sizes.dp_size * sizes.tp_size % (sizes.ep_size * sizes.expert_tp_size) == 0
+
+
 def _layouts(sizes: RunSizes) -> Iterator[tuple[str, RunSizes]]:
-    """Twice the TP or PP at half the DP."""
+    """Twice the TP or PP at half the DP, where the experts still find their ranks."""
     if sizes.dp_size % 2:
         return
     model = sizes.model
@@ -71,8 +87,10 @@ def _layouts(sizes: RunSizes) -> Iterator[tuple[str, RunSizes]]:
     micro_batches = sizes.global_batch_size // (sizes.micro_batch_size * (sizes.dp_size // 2))
     moved = replace(sizes, dp_size=sizes.dp_size // 2, num_micro_batches=micro_batches)
     if all(size % tp == 0 for size in (model.num_query_groups, model.ffn_hidden_size, model.padded_vocab_size, sizes.length)):
-        yield f"--tensor-model-parallel-size {tp} --sequence-parallel", replace(moved, tp_size=tp, sequence_parallel=True)
-    if model.num_layers % pp == 0 and not sizes.layers_per_virtual_stage:
+        wider = replace(moved, tp_size=tp, sequence_parallel=True)
+        if _holds_experts(wider):
+            yield f"--tensor-model-parallel-size {tp} --sequence-parallel", wider
+    if model.num_layers % pp == 0 and not sizes.layers_per_virtual_stage and _holds_experts(moved):
         yield f"--pipeline-model-parallel-size {pp}", replace(moved, pp_size=pp)
 
 

@@ -53,13 +53,16 @@ def dry_run(config: TrainConfig) -> int:
 
 def _devices(config: TrainConfig, machine: Machine | None) -> int:
     """World size: the flag, torchrun's, the machine's, or one replica."""
-    replica = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
+    parallel = config.parallel
+    stage = parallel.expert_parallel_size * (parallel.expert_tensor_parallel_size or parallel.tensor_parallel_size)
+    replica = max(parallel.tensor_parallel_size, stage) * parallel.pipeline_parallel_size
     found = config.dry_run_devices or (world_size_from_environment() if "WORLD_SIZE" in os.environ else 0)
     if not found:
         return max(machine.devices, replica) if machine else replica
     if found % replica:
         raise UsageError(
-            f"--dry-run-devices {found}: --tensor-model-parallel-size x --pipeline-model-parallel-size = {replica} does not divide it; "
+            f"--dry-run-devices {found}: a whole model on --tensor-model-parallel-size x --pipeline-model-parallel-size (x "
+            f"--expert-model-parallel-size) = {replica} does not divide it; "
             f"use a multiple of {replica}"
         )
     return found

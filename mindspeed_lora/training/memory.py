@@ -44,7 +44,7 @@ def _resident(sizes: RunSizes, counts: StageParameters) -> dict[str, float]:
     """Weights, adapters, gradients, optimizer state."""
     width = sizes.parameter_bytes
     trained = counts.adapter if sizes.lora else counts.base
-    own = -(-trained // sizes.dp_size) if sizes.sharded_optimizer else trained
+    own = owned_elements(sizes, counts) if sizes.sharded_optimizer else trained
     on_demand = counts.layers * counts.layer_linear if sizes.fsdp_base or sizes.qlora else 0
     parts: dict[str, float] = {"weights": (counts.base - on_demand) * width}
     if on_demand:
@@ -57,6 +57,12 @@ def _resident(sizes: RunSizes, counts: StageParameters) -> dict[str, float]:
     if sizes.lora:
         parts["adapters"] = counts.adapter * width
     return parts | optimizer_bytes(trained, own, width)
+
+
+def owned_elements(sizes: RunSizes, counts: StageParameters) -> int:
+    """Trained elements whose optimizer state a rank keeps where it is cut over the ranks that hold the same ones."""
+    trained, of_experts = (counts.adapter, counts.expert_adapter) if sizes.lora else (counts.base, counts.expert_base)
+    return -(-(trained - of_experts) // sizes.dp_size) - (-of_experts // sizes.expert_dp_size)
 
 
 def _activations(sizes: RunSizes, pp_rank: int) -> tuple[float, float]:

@@ -66,6 +66,8 @@ class ModelPlan:
             tp_size=parallel.tensor_parallel_size,
             pp_size=parallel.pipeline_parallel_size,
             dp_size=self.dp_size,
+            ep_size=parallel.expert_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
             layers_per_virtual_stage=parallel.layers_per_virtual_stage,
             sequence_parallel=parallel.sequence_parallel,
             micro_batch_size=config.micro_batch_size,

@@ -28,6 +28,8 @@ class RunSizes:
     tp_size: int = 1
     pp_size: int = 1
     dp_size: int = 1
+    ep_size: int = 1
+    expert_tensor_parallel_size: int | None = None  # None: tp_size
     layers_per_virtual_stage: int | None = None
     sequence_parallel: bool = False
     micro_batch_size: int = 1
@@ -52,6 +54,16 @@ class RunSizes:
     def world_size(self) -> int:
         """Devices."""
         return self.tp_size * self.pp_size * self.dp_size
+
+    @property
+    def expert_tp_size(self) -> int:
+        """Over how many ranks an expert's matrices are cut."""
+        return self.expert_tensor_parallel_size or self.tp_size
+
+    @property
+    def expert_dp_size(self) -> int:
+        """How many ranks of a stage hold the same part of the same experts."""
+        return self.dp_size * self.tp_size // (self.ep_size * self.expert_tp_size)
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -87,7 +99,14 @@ class RunSizes:
     def describe(self) -> str:
         """The layout in one phrase."""
         sequence = " with sequence parallelism" if self.sequence_parallel and self.tp_size > 1 else ""
-        return f"TP {self.tp_size}{sequence} x PP {self.pp_size} x DP {self.dp_size}"
+        return f"TP {self.tp_size}{sequence} x PP {self.pp_size} x DP {self.dp_size}{self.describe_experts()}"
+
+    def describe_experts(self) -> str:
+        """Where the experts of a stage lie, in one phrase; empty for a dense model."""
+        if self.model.experts is None:
+            return ""
+        count, cut = self.model.experts.count, f" cut over TP {self.tp_size}" if self.expert_tp_size > 1 else ""
+        return f" (EP {self.ep_size}: {count // self.ep_size} of {count} experts a rank{cut})"
 
 
 @dataclass(frozen=True)
@@ -101,6 +120,8 @@ class StageParameters:
     layer_adapter: int
     layers: int
     largest: int  # of one tensor
+    expert_base: int  # of base, what belongs to routed experts
+    expert_adapter: int  # of adapter, likewise
 
     @property
     def base(self) -> int:
@@ -118,21 +139,32 @@ def stage_parameters(sizes: RunSizes, pp_rank: int) -> StageParameters:
     table, lora = WeightTable(sizes.model), sizes.lora
     is_first, is_last = pp_rank == 0, pp_rank == sizes.pp_size - 1
 
+    count = sizes.model.experts.count // sizes.ep_size if sizes.model.experts else 0
+
     def local(row: Row, r: int | None = None) -> int:
+        if row.expert is not None and row.expert >= count:  # of another EP rank
+            return 0
         in_layers = 1.0 if row.layers is None else len(row.layers) / sizes.model.num_layers
-        return round(in_layers * math.prod(table.local_shape(row, sizes.tp_size, r)))
+        cut = sizes.tp_size if row.expert is None else sizes.expert_tp_size
+        return round(in_layers * math.prod(table.local_shape(row, cut, r)))
+
+    def of_experts(rows: list[Row]) -> list[Row]:
+        return [row for row in rows if row.expert is not None]
 
     places = {"embedding": is_first, "head": is_last, "layer": True}
     present = [row for row in table.rows if places[row.place] and not (row.alias_of and is_first)]
     total = {place: sum(local(row) for row in present if row.place == place) for place in places}
     layer_rows = [row for row in present if row.place == "layer"]
-    pairs = [matrix for row in layer_rows if lora and row.module in lora.targets for matrix in table.lora_pair(row)]
+    pairs: list[Row] = [matrix for row in layer_rows if lora and row.module in lora.targets for matrix in table.lora_pair(row)]
+    r = lora.widest if lora else None
     return StageParameters(
         embedding=total["embedding"],
         head=total["head"],
         layer_base=total["layer"],
         layer_linear=sum(local(row) for row in layer_rows if row.module),
-        layer_adapter=sum(local(row, lora.widest) for row in pairs) if lora else 0,
+        layer_adapter=sum(local(row, r) for row in pairs),
         layers=sizes.layers_per_stage,
         largest=max(local(row) for row in present),
+        expert_base=sizes.layers_per_stage * sum(local(row) for row in of_experts(layer_rows)),
+        expert_adapter=sizes.layers_per_stage * sum(local(row, r) for row in of_experts(pairs)),
     )

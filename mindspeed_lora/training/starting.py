@@ -34,7 +34,7 @@ def describe_layout(plan: TrainingPlan, context: ParallelContext) -> str:
     micro_batches = plan.num_micro_batches
     sequence = " with sequence parallelism" if context.sequence_parallel else ""
     virtual = f" ({chunks} virtual stages each)" if chunks > 1 else ""
-    grid = f"TP {context.tp_size}{sequence} x PP {context.pp_size}{virtual} x DP {context.dp_size}"
+    grid = f"TP {context.tp_size}{sequence} x PP {context.pp_size}{virtual} x DP {context.dp_size}{plan.sizes.describe_experts()}"
     batch = f"{plan.config.micro_batch_size} rows x {micro_batches} micro-batches x DP {context.dp_size}"
     text = f"processes: {context.world_size} = {grid}; global batch {plan.global_batch_size} = {batch}"
     if context.pp_size > 1:

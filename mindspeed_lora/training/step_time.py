@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mindspeed_lora.ops.nf4 import BYTES_PER_VALUE as NF4_BYTES
 from mindspeed_lora.training.flops import flops_model
 from mindspeed_lora.training.machines import Machine
-from mindspeed_lora.training.memory import layer_bytes_per_token
+from mindspeed_lora.training.memory import layer_bytes_per_token, owned_elements
 from mindspeed_lora.training.sizes import RunSizes, stage_parameters
 from mindspeed_lora.weights.table import WeightTable
 
@@ -62,6 +62,8 @@ def step_time(sizes: RunSizes, machine: Machine) -> StepTime:
         "tensor parallel": _tensor_parallel(sizes, machine),
         "pipeline transfers": 2 * _boundary(sizes) / _link(sizes.tp_size * sizes.pp_size, machine) if sizes.pp_size > 1 else 0.0,
     }
+    if sizes.ep_size > 1:
+        micro["experts' exchange"] = _exchange(sizes, machine)
     if sizes.qlora:
         micro["decoding 4-bit weights"] = _decoding(sizes, machine)
     micro["launching kernels"] = max(0.0, layers * _KERNELS_PER_LAYER * machine.launch_s - sum(micro.values()))
@@ -98,6 +100,17 @@ def _tensor_parallel(sizes: RunSizes, machine: Machine) -> float:
     return sizes.layers_per_stage * collectives * share * hidden / _link(sizes.tp_size, machine)
 
 
+def _exchange(sizes: RunSizes, machine: Machine) -> float:
+    """Each token's k rows to their experts and back, forward and backward: each way moves (e - 1)/e of them; evenly routed."""
+    experts = sizes.model.experts
+    assert experts is not None
+    layers = sum(sizes.model.has_experts(layer) for layer in range(sizes.model.num_layers)) / sizes.pp_size
+    rows = experts.routing.top_k * sizes.micro_batch_tokens * sizes.expert_tp_size / sizes.tp_size
+    ways = (4 + 2 * _recomputed_share(sizes)) * (sizes.ep_size - 1) / sizes.ep_size
+    span = sizes.ep_size * sizes.expert_tp_size * sizes.pp_size  # neighbours on the data-parallel axis have all stages between them
+    return layers * ways * rows * sizes.model.hidden_size * sizes.parameter_bytes / _link(span, machine)
+
+
 def _gather(sizes: RunSizes, machine: Machine) -> float:
     """``--fsdp-base``: every layer's frozen weights, once forward and once backward."""
     if not sizes.fsdp_base or sizes.dp_size == 1:
@@ -120,5 +133,5 @@ def _reduction(sizes: RunSizes, machine: Machine) -> tuple[float, float]:
     counts = stage_parameters(sizes, sizes.pp_size - 1)
     trained = counts.adapter if sizes.lora else counts.base
     reduced = 2 * 4.0 * trained * (sizes.dp_size - 1) / sizes.dp_size / _link(sizes.world_size, machine)
-    own = trained / sizes.dp_size if sizes.sharded_optimizer else trained
+    own = owned_elements(sizes, counts) if sizes.sharded_optimizer else trained
     return reduced, _OPTIMIZER_BYTES * own / (machine.bandwidth * machine.memory_share)

@@ -133,6 +133,19 @@ class Place:
     expert: int = 0
 
 
+def _check_one_form(path: Path, names: Iterable[str]) -> None:
+    """Raise CheckpointError where base weights of experts lie one by one and grouped."""
+    single, grouped = (
+        next((name for name in sorted(names) if pattern.search(name) and "lora_" not in name), None)
+        for pattern in (_LOCAL_EXPERT, _GROUPED)
+    )
+    if single and grouped:
+        raise CheckpointError(
+            f"{path}: experts one by one ({single}) and grouped ({grouped}, of --moe-grouped-gemm) are mixed; "
+            "copy the whole folder of one save again"
+        )
+
+
 class MegatronFolder:
     """The files of one iteration, addressed by global layer and expert numbers."""
 
@@ -331,7 +344,7 @@ class MegatronFolder:
         return found
 
     def check_equal_names(self) -> None:
-        """Every rank of a stage holds the same names.
+        """Every rank of a stage holds the same names, and experts in one form.
 
         Raises:
             CheckpointError: one does not.
@@ -339,10 +352,12 @@ class MegatronFolder:
         for stage in range(self.pp_size):
             for chunk in range(self.num_chunks):
                 expected = set(self.file(0, stage).names(chunk))
+                _check_one_form(self.file(0, stage).path, expected)
                 for tp_rank, ep_rank in stage_ranks(self.layout)[1:]:
                     file = self.file(tp_rank, stage, ep_rank)
                     odd = sorted(expected ^ set(file.names(chunk)))
                     if odd:
+                        _check_one_form(file.path, odd)
                         raise CheckpointError(f"{file.path}: its tensors differ from tensor rank 0's: {', '.join(odd[:5])}")
 
     def note_read(self, tensors: Iterable[torch.Tensor]) -> None:
