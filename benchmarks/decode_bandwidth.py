@@ -70,7 +70,7 @@ def build(shape: dict[str, Any], device: Any, dtype: Any) -> Any:
 
 def bytes_per_token(stage: Any, length: int) -> int:
     """Weights that are read, and keys and values of ``length`` positions."""
-    config = stage.config
+    config = stage.model_config
     weights = sum(parameter.numel() * parameter.element_size() for parameter in stage.parameters())
     embedding = stage.embedding.word_embeddings.weight
     cache = 2 * config.num_layers * config.num_query_groups * config.kv_channels * length * embedding.element_size()

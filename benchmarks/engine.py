@@ -39,7 +39,7 @@ def build_stage(
 
 def step_of(stage: GPTStage, rows: int) -> Step:
     """One step over ids ``[rows * micro-batches, s]``, every position but the last trained; returns the mean loss."""
-    context, table = stage.context, WeightTable(stage.config)
+    context, table = stage.context, WeightTable(stage.model_config)
     layout = FlatLayout(trained_parameters([stage], table, context), context, False)
     flat, gradients = layout.flatten_parameters(), FlatGradients(layout, context, False)
     optimizer, runner = FlatAdamW(layout, flat, gradients, OptimizerFlags(), context), PipelineRunner([stage], context)

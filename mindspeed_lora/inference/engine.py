@@ -47,7 +47,7 @@ class Engine:
         self._awaited = False  # logits are on their way from the last stage
         self.interrupted = False  # Ctrl-C came amid an order: it is carried out first, so that the workers can be released
         self._cached_rows = 0
-        self.vocab_size: int = stage.config.vocab_size
+        self.vocab_size: int = stage.model_config.vocab_size
         self.device: torch.device = context.device
 
     @property

@@ -146,7 +146,7 @@ class Executor:
         assert message.ids is not None and self.context.pp_group is not None and self.channels.replica is not None
         last = self.context.pp_size - 1
         if message.output == Output.LOGITS:
-            shape = (message.ids.shape[0], message.keep_last, self.stage.config.vocab_size)
+            shape = (message.ids.shape[0], message.keep_last, self.stage.model_config.vocab_size)
             return receive(torch.empty(shape, device=self.context.device), last, self.context.pp_group)
         assert message.targets is not None
         batch, wanted, targets = message.targets.shape

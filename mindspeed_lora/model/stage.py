@@ -111,7 +111,8 @@ class GPTStage(nn.Module):
         storage: BaseStorage | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.context, self.dtype, self.storage = config, context, dtype, storage
+        self.model_config = config  # not "config": peft before 0.18 takes that for a dictionary of transformers'
+        self.context, self.dtype, self.storage = context, dtype, storage
         self.layer_range, self.is_first, self.is_last = layers, is_first, is_last
         if is_first:
             self.embedding = Embedding(config, context, dtype)
@@ -123,16 +124,16 @@ class GPTStage(nn.Module):
     @property
     def experts(self) -> range:
         """Global numbers of the routed experts whose weights lie here, in the order of their stacks; empty for a dense model."""
-        return self.context.own_experts(self.config.experts.count if self.config.experts else 0)
+        return self.context.own_experts(self.model_config.experts.count if self.model_config.experts else 0)
 
     @property
     def head_weight(self) -> torch.Tensor:
         """``[v/t, h]``: the embedding itself where it is tied and on this stage, else the last stage's own copy."""
-        return self.embedding.word_embeddings.weight if self.is_first and self.config.tied_embeddings else self.output_layer.weight
+        return self.embedding.word_embeddings.weight if self.is_first and self.model_config.tied_embeddings else self.output_layer.weight
 
     def hidden_shape(self, batch: int, length: int) -> tuple[int, int, int]:
         """Shape of what stages pass on: ``[s, b, h]``, or ``[s/t, b, h]`` with sequence parallelism."""
-        return (length // (self.context.tp_size if self.context.sequence_parallel else 1), batch, self.config.hidden_size)
+        return (length // (self.context.tp_size if self.context.sequence_parallel else 1), batch, self.model_config.hidden_size)
 
     def forward(
         self,
@@ -186,7 +187,7 @@ class GPTStage(nn.Module):
         trained = labels.transpose(0, 1) != IGNORED_LABEL
         rows = torch.arange(labels.shape[0], device=labels.device).expand_as(trained)[trained]
         losses = linear_cross_entropy(
-            hidden[trained], self.head_weight, labels.transpose(0, 1)[trained], self.config.vocab_size, self.context
+            hidden[trained], self.head_weight, labels.transpose(0, 1)[trained], self.model_config.vocab_size, self.context
         )
         if row_weights is not None:
             losses = losses * row_weights[rows]
@@ -196,7 +197,7 @@ class GPTStage(nn.Module):
         """``[b, s, v/t]`` -> ``[b, s, vocab_size]`` on every tp rank, padding columns left out."""
         if self.context.tp_group is not None:
             logits = all_gather_dim0(logits.movedim(-1, 0), self.context.tp_group).movedim(0, -1)
-        return logits[..., : self.config.vocab_size]
+        return logits[..., : self.model_config.vocab_size]
 
 
 def build_stage_modules(
