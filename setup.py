@@ -32,7 +32,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "npu": ["torch_npu>=2.7.1,<2.14"],
+        "npu": ["torch_npu>=2.7.1,<2.14", "einops"],  # transformers 4 imports einops where there is an NPU
         "qlora": ["bitsandbytes>=0.45"],
         "cuda": [],  # PyPI's torch for Linux carries CUDA; the extra exists so that an install command can say what it is for
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13"],

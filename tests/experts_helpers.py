@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from engine_helpers import SPEC, batch, lora_b_parts
+from helpers import weights_in
 
 from mindspeed_lora.lora.inject import kaiming_uniform
 from mindspeed_lora.weights.families import model_config_from_hf
@@ -24,7 +25,7 @@ def reference(folder: Path) -> Any:
     """transformers' model, fp32."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **weights_in(torch.float32)).eval()
 
 
 def adapter_parts(row: Row, layer: int | None, r: int) -> tuple[torch.Tensor, list[torch.Tensor]]:

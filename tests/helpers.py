@@ -120,3 +120,11 @@ def tiny_qwen3(path: Path, tied: bool = False, **overrides: Any) -> Path:
 def tiny_llama(path: Path, tied: bool = False, **overrides: Any) -> Path:
     """A random Llama folder."""
     return make_model(path, "llama", tie_word_embeddings=tied, **overrides)
+
+
+def weights_in(dtype: Any) -> dict[str, Any]:
+    """The argument of transformers' ``from_pretrained`` that sets the weights' dtype; 4.56 renamed it."""
+    import transformers
+    from packaging.version import Version
+
+    return {"dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype": dtype}

@@ -7,6 +7,7 @@ to a group that does nothing, and are counted.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -57,6 +58,9 @@ def check_device() -> None:
 def start_fake_group(tp_size: int) -> None:
     """A process group of ``tp_size`` ranks whose collectives do nothing; this process is rank 0."""
     import torch_npu
+
+    if torch.__version__.startswith("2.7"):  # there, collectives on fake tensors want it imported
+        importlib.import_module("torch.distributed._tools.fake_collectives")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch_npu.op_plugin.meta._meta_registrations.get_soc_version = lambda: 220

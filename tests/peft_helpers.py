@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import weights_in
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES: dict[str, dict[str, Any]] = {
@@ -43,5 +44,5 @@ def load_peft(hf: Path, adapter: Path, trainable: bool = False) -> Any:
     import peft
     import transformers
 
-    base = transformers.AutoModelForCausalLM.from_pretrained(hf, attn_implementation="eager", dtype=torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(hf, attn_implementation="eager", **weights_in(torch.float32))
     return peft.PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable).eval()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from engine_helpers import SPEC, Engine, batch, build_engine, lora_b_parts
-from helpers import make_model
+from helpers import make_model, weights_in
 
 from mindspeed_lora.checkpoint.load import base_name
 from mindspeed_lora.lora.inject import kaiming_uniform
@@ -51,7 +51,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _reference_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **weights_in(torch.float32)).eval()
 
 
 def _peft_twin(folder: Path, table: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from evaluation_helpers import ALL, config_for, peft_adapter, reference_items, run_evaluate, small_benchmarks, written_items
-from helpers import shared_data, tiny_qwen3
+from helpers import shared_data, tiny_qwen3, weights_in
 from pool import ProcessPool
 
 from mindspeed_lora.arguments.configs import LORA_TARGETS, EvaluationConfig, LoadFlags, LoraFlags, TokenizerFlags
@@ -107,7 +107,7 @@ def test_in_bf16_a_choice_flips_only_where_two_are_closer_than_rounding(
     folder = tiny_qwen3(tmp_path / "model", vocab_size=512, max_position_embeddings=1024, dtype="bfloat16")
     changes = {"tasks": ("mmlu", "ceval", "boolq", "hellaswag"), "max_eval_samples": 8, "num_fewshot": 0}
     config = config_for(folder, data, tmp_path / "scores", tp, **changes)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **weights_in(torch.bfloat16))
     expected, _ = reference_items(config, model)
     code, text = pool.run(run_evaluate, tp, config)[0]
     assert code == 0, text

@@ -15,7 +15,7 @@ import pytest
 import torch
 from data_helpers import alpaca_records, tiny_tokenizer, write_json
 from engine_helpers import TARGETS, build_engine
-from helpers import make_model
+from helpers import make_model, weights_in
 from peft_helpers import CASES, load_peft, make_adapter
 
 from mindspeed_lora.arguments.cli import main
@@ -148,7 +148,7 @@ def ids() -> torch.Tensor:
 def transformers_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **weights_in(torch.float32)).eval()
 
 
 @torch.no_grad()

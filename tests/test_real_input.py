@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation_helpers import config_for, reference_items, written_items
-from helpers import ROOT, make_model, shared_data
+from helpers import ROOT, make_model, shared_data, weights_in
 
 pytestmark = pytest.mark.slow
 
@@ -286,7 +286,7 @@ def test_mmlu_on_the_unmerged_adapter_equals_lm_evals_backend_on_the_merged_mode
         "--save-dir",
         tmp_path / "merged",
     )
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", **weights_in(torch.float32)).eval()
     job = config_for(tmp_path / "merged", tmp_path / "mmlu" / "test", num_fewshot=0, max_eval_samples=20)
     theirs, _ = reference_items(job, merged)
     mine = written_items(tmp_path / "ours")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mindspeed_lora.arguments.configs import TokenizerFlags
 from mindspeed_lora.errors import UsageError
+from mindspeed_lora.log import get_logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,11 +34,19 @@ def load_tokenizer(flags: TokenizerFlags, fallback_dir: Path | None = None) -> P
         raise UsageError(
             f"{flag}: {folder} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there"
         )
+    tokenizer = _from_folder(folder, flag, flags, flags.use_fast)
+    if not tokenizer:  # transformers 4 answers False where the slow tokenizer's own files are missing
+        get_logger().warning(f"--tokenizer-not-use-fast: {folder} has only the files of the fast tokenizer; that one is used")
+        tokenizer = _from_folder(folder, flag, flags, True)
+    return tokenizer
+
+
+def _from_folder(folder: Path, flag: str, flags: TokenizerFlags, use_fast: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, use_fast=flags.use_fast, trust_remote_code=flags.trust_remote_code
+            str(folder), local_files_only=True, use_fast=use_fast, trust_remote_code=flags.trust_remote_code
         )
     except Exception as error:  # transformers raises anything from OSError to plain Exception, all of them about this folder
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
