@@ -142,6 +142,6 @@ def export_adapter(config: ConvertConfig) -> int:
             ),
         )
     get_logger().info("wrote %s: PEFT adapter, %s; %d modules (config from %s)", target, lora.describe(), len(tensors), flag)
-    if gap := peft_gap(table, lora.targets):
+    if gap := peft_gap(table, lora):
         get_logger().warning(gap)
     return 0

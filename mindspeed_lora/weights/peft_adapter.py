@@ -206,7 +206,6 @@ def _read_adapter_config(path: Path) -> dict[str, Any]:
         "bias": ("none", None),
         "lora_bias": (False, None),
         "fan_in_fan_out": (False, None),
-        "target_parameters": (None, []),
         "trainable_token_indices": (None,),
     }
     for key, accepted in neutral.items():

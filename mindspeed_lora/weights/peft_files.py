@@ -14,16 +14,31 @@ from mindspeed_lora.weights.table import Row, WeightTable
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_FILE_NAME = "adapter_model.safetensors"
+_GATE_UP = r".*\.gate_up_proj"  # the experts' parameter in transformers 5, for peft's rank_pattern
 
 
-def peft_gap(table: WeightTable, targets: Collection[str]) -> str | None:
-    """What peft over transformers 5 leaves out of an adapter when it loads it; None: nothing (seen with peft 0.21)."""
-    if not any(row.module in targets and row.expert is None and ".mlp." in row.megatron for row in table.rows if table.config.experts):
+def peft_gap(table: WeightTable, lora: LoraSpec) -> str | None:
+    """What peft leaves out of an adapter without a word, over which versions, and what to do; None: it loads all of it."""
+    if not _adapts_experts(table, lora.targets):
         return None
-    return (
-        "peft over transformers 5 loads the experts' matrices of a PEFT adapter of this model, but leaves out those of MLPs beside them "
-        "(shared expert, dense layers) without a word; serve the merged model there (convert_ckpt.py --lora-load)"
-    )
+    instead = "serve the merged model there (convert_ckpt.py --lora-load)"
+    if lora.modules:
+        return (
+            f"peft over transformers 5 has one r and alpha for all experts of a layer, and this adapter's linears differ in them; {instead}"
+        )
+    if "linear_fc2" not in lora.targets:
+        return f"peft over transformers 5 leaves out expert adapters on linear_fc1 alone; {instead}, or adapt linear_fc2 too"
+    if _beside_experts(table, lora.targets) and table.config.family != "qwen2_moe":
+        return f"MLPs beside the experts (shared experts, dense layers) load in peft 0.17 or newer, older ones leave them out; {instead}"
+    return None
+
+
+def _adapts_experts(table: WeightTable, targets: Collection[str]) -> bool:
+    return any(row.expert is not None and row.module in targets for row in table.rows)
+
+
+def _beside_experts(table: WeightTable, targets: Collection[str]) -> bool:
+    return any(row.expert is None and row.module in targets and ".mlp." in row.megatron for row, _ in table.entries())
 
 
 def write_peft_adapter(
@@ -90,18 +105,64 @@ def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
+def _target_fields(table: WeightTable, lora: LoraSpec, shapes: Mapping[str, tuple[int, float]]) -> dict[str, object]:
+    """What is adapted, and where r and alpha are not the usual ones."""
+    ranks, alphas = {name: r for name, (r, _) in shapes.items()}, {name: alpha for name, (_, alpha) in shapes.items()}
+    if lora.modules or not _adapts_experts(table, lora.targets):
+        return {
+            "target_modules": _target_modules(table, shapes),
+            "rank_pattern": _pattern(ranks, lora.r),
+            "alpha_pattern": _pattern(alphas, lora.alpha),
+        }
+    return _expert_fields(table, lora, shapes)
+
+
+def _expert_fields(table: WeightTable, lora: LoraSpec, adapted: Collection[str]) -> dict[str, object]:
+    """The fields of an adapter on all experts, for transformers 4 (a linear each) and 5 (a layer's experts in two parameters) alike.
+
+    Over transformers 5, peft makes parameters of the experts of all targets that end in gate_proj, up_proj or down_proj, and forgets
+    the MLPs beside the experts that have such names too: those are named as parameters themselves (peft 0.17), and nothing else.
+    For Qwen2-MoE, which its list of families lacks, it does not: there the experts are named as parameters, gate and up of one being a
+    block-diagonal pair of twice the rows.
+    """
+    beside = {name for name in adapted if ".mlp." in name and ".experts." not in name}
+    fields: dict[str, object] = {"lora_alpha": _number(_plain_alpha(lora)), "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    if table.config.family == "qwen2_moe":
+        fused = {"linear_fc1": "mlp.experts.gate_up_proj", "linear_fc2": "mlp.experts.down_proj"}
+        fields |= {
+            "target_modules": _target_modules(table, adapted),
+            "target_parameters": [name for module, name in fused.items() if module in lora.targets],
+        }
+        if "linear_fc1" in lora.targets:
+            fields |= {"rank_pattern": {_GATE_UP: 2 * lora.r}, "alpha_pattern": {_GATE_UP: _number(2 * _plain_alpha(lora))}}
+    elif beside:
+        experts = {f"experts.{name.partition('.experts.')[2]}" for name in adapted if ".experts." in name}
+        others = [name for name in adapted if ".mlp." not in name]
+        fields |= {
+            "target_modules": [*_target_modules(table, others), *sorted(experts)],
+            "target_parameters": sorted({f"mlp.{name.partition('.mlp.')[2]}.weight" for name in beside}),
+        }
+    else:
+        fields["target_modules"] = _target_modules(table, adapted)
+    return fields
+
+
+def _plain_alpha(lora: LoraSpec) -> float:
+    """The alpha that gives the same scale by alpha / r: with twice the rows in gate and up, alpha / sqrt(r) would be another."""
+    return lora.scale * lora.r
+
+
 def _adapter_config(
     table: WeightTable, lora: LoraSpec, shapes: Mapping[str, tuple[int, float]], base_path: str | Path
 ) -> dict[str, object]:
     """Fields that every peft since 0.7 reads; ``shapes``: r and alpha of each HF linear."""
-    config: dict[str, object] = {
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base_path),
         "r": lora.r,
         "lora_alpha": _number(lora.alpha),
         "lora_dropout": 0.0,
-        "target_modules": _target_modules(table, shapes),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -109,8 +170,7 @@ def _adapter_config(
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": _pattern({name: r for name, (r, _) in shapes.items()}, lora.r),
-        "alpha_pattern": _pattern({name: alpha for name, (_, alpha) in shapes.items()}, lora.alpha),
         "revision": None,
+        **({"use_rslora": True} if lora.rslora else {}),
+        **_target_fields(table, lora, shapes),
     }
-    return {**config, "use_rslora": True} if lora.rslora else config
