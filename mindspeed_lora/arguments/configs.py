@@ -247,6 +247,16 @@ class PreferenceFlags:
 
 
 @dataclass(frozen=True)
+class BalanceFlags:
+    """What keeps the experts of a trained model evenly used; ``architecture.experts.balancing`` says which loss ``aux`` belongs to."""
+
+    aux: float = 0.0  # coefficients
+    z: float = 0.0
+    by_row: bool = False  # --seq-aux
+    log_layers: bool = False
+
+
+@dataclass(frozen=True)
 class ProfileFlags:
     """A trace of some training steps (``--profile``)."""
 
@@ -282,6 +292,7 @@ class TrainConfig:
     global_batch_size: int | None = None  # None: micro_batch_size x data parallel size
     train_iters: int = 0
     loss_normalization: str = "tokens"  # tokens | micro-batch
+    balance: BalanceFlags = field(default_factory=BalanceFlags)  # of a model with experts
     eval_interval: int | None = None
     eval_iters: int = 100
     log_interval: int = 1

@@ -6,8 +6,8 @@ result and is not supported is refused.
 
 from __future__ import annotations
 
-from mindspeed_lora.arguments.flag import CONVERT, RUNS, Flag, accepted, active, refused
-from mindspeed_lora.arguments.values import COUNT, LAYER_PATTERN, NUMBER, POSITIVE, TEXT, WHOLE, ValueType
+from mindspeed_lora.arguments.flag import CONVERT, EVALUATE, INFER, RUNS, TRAIN, Flag, accepted, active, refused
+from mindspeed_lora.arguments.values import COUNT, LAYER_PATTERN, NOT_NEGATIVE, NUMBER, POSITIVE, TEXT, WHOLE, ValueType
 
 CONFIG_SAYS = "config.json describes a model's experts and its attention; leave the flag out"
 SAME_RESULT = "it changes speed or memory only; no token is ever dropped, whatever way it travels"
@@ -58,6 +58,45 @@ EXPERTS = [
         not_yet={"sinkhorn": OTHER_CHOICE, "sparsemixer_topk": OTHER_CHOICE},
         default_text="none",
     ),
+]
+
+BALANCE = [
+    active(
+        "--moe-aux-loss-coeff",
+        (TRAIN,),
+        "experts and latent attention",
+        "coefficient of the load-balancing loss that --moe-router-load-balancing-type names (without it: aux_loss)",
+        NOT_NEGATIVE,
+        "balance.aux",
+        default_text="0, none",
+    ),
+    active(
+        "--seq-aux",
+        (TRAIN,),
+        "experts and latent attention",
+        "the load-balancing loss of none and group_limited_greedy is of each row, not of a micro-batch",
+        None,
+        "balance.by_row",
+    ),
+    active(
+        "--moe-z-loss-coeff",
+        (TRAIN,),
+        "experts and latent attention",
+        "coefficient of the z loss, which keeps the router's logits small",
+        NOT_NEGATIVE,
+        "balance.z",
+        default_text="0, none",
+    ),
+    active(
+        "--moe-per-layer-logging",
+        (TRAIN,),
+        "experts and latent attention",
+        "log how evenly each layer's experts are used, and its auxiliary losses",
+        None,
+        "balance.log_layers",
+    ),
+    *accepted("moe-aux-loss-coeff moe-z-loss-coeff", (INFER, EVALUATE), "it belongs to training", NUMBER),
+    *accepted("seq-aux moe-per-layer-logging", (INFER, EVALUATE), "it belongs to training"),
 ]
 
 LATENT = [
@@ -154,4 +193,4 @@ REFUSED = [
     ),
 ]
 
-FLAGS: list[Flag] = [*EXPERTS, *LATENT, *ROPE_SCALING, *ACCEPTED, *REFUSED]
+FLAGS: list[Flag] = [*EXPERTS, *BALANCE, *LATENT, *ROPE_SCALING, *ACCEPTED, *REFUSED]

@@ -14,13 +14,6 @@ PLACEMENT = "uneven and empty layers come with a later release; use a pipeline s
 TORCHRUN = "this flag belongs to torchrun: put it before the name of the program"
 
 EXPERT_FLAGS = [
-    *refused(
-        "moe-aux-loss-coeff",
-        RUNS,
-        "auxiliary losses come with a later release; leave the flag out",
-        TEXT,
-    ),
-    *refused("seq-aux", RUNS, "auxiliary losses come with a later release; leave the flag out"),
     *refused("moe-tp-extend-ep", RUNS, "experts dealt out over tensor ranks come with a later release; leave the flag out"),
 ]
 

@@ -48,6 +48,7 @@ class StepBatch:
     cut_samples: int  # of the global batch: samples longer than seq_length, cut at the right
     micro_batch_size: int  # rows of a micro-batch
     row_trained_tokens: tuple[int, ...]  # of this rank's rows
+    row_real_tokens: tuple[int, ...]  # likewise, all without padding, which comes behind them
     columns: tuple[int, ...]  # of this rank's micro-batches: the first so many of the s columns hold all its tokens
     num_documents: int  # of the global batch: texts that see only themselves; without --reset-attention-mask the samples
     document_ends: torch.Tensor | None = None  # [G / D, n] int32: ends of each row's documents, the last one s, repeated as needed
@@ -293,6 +294,7 @@ def make_batch(dataset: Rows, samples: npt.NDArray[np.int64], shape: BatchShape)
         cut_samples=int((full_lengths > shape.seq_length).sum()),
         micro_batch_size=size,
         row_trained_tokens=tuple(row_trained),
+        row_real_tokens=tuple(sum(int(ends[number][-1]) for number in row if len(ends[number])) for row in rows),
         columns=columns,
         num_documents=sum(len(end) for end in ends),
         document_ends=_ends_tensor(row_ends, width) if shape.documents is not None or shape.padding_free else None,

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mindspeed_lora import ops
+from mindspeed_lora.model.balance import LayerBalance
 from mindspeed_lora.model.router import Router
 from mindspeed_lora.ops.grouped import RowGroups
 from mindspeed_lora.ops.permute import permute, sort_by_expert, unpermute
@@ -106,34 +107,35 @@ class MixtureOfExperts(nn.Module):
         self.experts = RoutedExperts(config, config.experts, context, dtype)
         self.shared_experts = SharedExperts(config, config.experts, inside, dtype) if config.experts.shared_ffn_hidden_size else None
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, balance: LayerBalance | None = None) -> torch.Tensor:
         """``[s, b, h]`` (SP: ``[s/t, b, h]``) -> the same."""
         context = self.context
         if context.experts.tp_size < context.tp_size and context.sequence_parallel:
-            return self._by_section(hidden)
+            return self._by_section(hidden, balance)
         whole = enter_column(hidden, context)
         tokens = whole.flatten(0, 1)
-        share = self._routed(tokens) if context.experts.tp_size == context.tp_size else self._share_of_whole_experts(tokens)
+        whole_experts = context.experts.tp_size < context.tp_size
+        share = self._share_of_whole_experts(tokens, balance) if whole_experts else self._routed(tokens, balance)
         if self.shared_experts is not None:
             share = share + self.shared_experts(tokens)
         return leave_row(share.view_as(whole), context)
 
-    def _routed(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.experts(tokens, *self.router(tokens))
+    def _routed(self, tokens: torch.Tensor, balance: LayerBalance | None) -> torch.Tensor:
+        return self.experts(tokens, *self.router(tokens, balance))
 
-    def _by_section(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _by_section(self, hidden: torch.Tensor, balance: LayerBalance | None) -> torch.Tensor:
         """Uncut experts with sequence parallelism: the routed part needs no other rank's section, the shared one does."""
-        routed = self._routed(hidden.flatten(0, 1)).view_as(hidden)
+        routed = self._routed(hidden.flatten(0, 1), balance).view_as(hidden)
         if self.shared_experts is None:
             return routed
         whole = enter_column(hidden, self.context)
         return routed + leave_row(self.shared_experts(whole.flatten(0, 1)).view_as(whole), self.context)
 
-    def _share_of_whole_experts(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _share_of_whole_experts(self, tokens: torch.Tensor, balance: LayerBalance | None) -> torch.Tensor:
         """Uncut experts without it: ``[n, h]`` with the results of this rank's part of the tokens, zero elsewhere."""
         size, rank = self.context.tp_size, self.context.tp_rank
         if self.context.experts.same_tokens:  # all ranks compute all tokens, one of them gives the result
-            routed = self._routed(tokens)
+            routed = self._routed(tokens, balance)
             return routed if rank == 0 else torch.zeros_like(routed)
         start, stop = rank * len(tokens) // size, (rank + 1) * len(tokens) // size
-        return F.pad(self._routed(tokens[start:stop]), (0, 0, start, len(tokens) - stop))
+        return F.pad(self._routed(tokens[start:stop], balance), (0, 0, start, len(tokens) - stop))

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mindspeed_lora import ops
+from mindspeed_lora.model.balance import MicroBatch
 from mindspeed_lora.model.decode import Attend, DecodeState, PackedDocuments
 from mindspeed_lora.model.experts import MixtureOfExperts
 from mindspeed_lora.model.latent_attention import LatentAttention
@@ -126,6 +127,7 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, context: ParallelContext, dtype: torch.dtype, recompute_core: bool = False) -> None:
         super().__init__()
+        self.layer = layer
         self.input_layernorm = RMSNorm(config.hidden_size, config, context, dtype)
         attention = LatentAttention if config.latent else SelfAttention
         self.self_attention = attention(config, layer, context, dtype, recompute_core)
@@ -140,7 +142,10 @@ class TransformerLayer(nn.Module):
             for linear in (self.self_attention.linear_qkv, self.self_attention.linear_proj, self.mlp.linear_fc1, self.mlp.linear_fc2)
         ]
 
-    def forward(self, hidden: torch.Tensor, rotary: RotaryTables, attend: Attend = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, rotary: RotaryTables, attend: Attend = None, balance: MicroBatch | None = None) -> torch.Tensor:
         """``[s, b, h]`` (SP: ``[s/t, b, h]``) -> the same."""
         hidden = hidden + self.self_attention(self.input_layernorm(hidden), rotary, attend)
-        return hidden + self.mlp(self.pre_mlp_layernorm(hidden))
+        normed = self.pre_mlp_layernorm(hidden)
+        if balance is None or not isinstance(self.mlp, MixtureOfExperts):
+            return hidden + self.mlp(normed)
+        return hidden + self.mlp(normed, balance.of(self.layer))

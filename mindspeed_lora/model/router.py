@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mindspeed_lora.model.balance import LayerBalance
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.weights.config import ExpertShape, ModelConfig, Routing
 
@@ -41,8 +42,9 @@ class Router(nn.Module):
         bias = torch.empty(shape.count, dtype=torch.float32, device=context.device) if shape.router_bias else None
         self.expert_bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens ``[n, h]`` -> weights float32 ``[n, k]``, experts int64 ``[n, k]``."""
+    def forward(self, tokens: torch.Tensor, balance: LayerBalance | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokens ``[n, h]`` -> weights float32 ``[n, k]``, experts int64 ``[n, k]``; ``balance`` adds losses to the backward pass."""
         logits = F.linear(tokens.float(), self.weight.float())
         scores = logits.softmax(-1) if self.routing.score == "softmax" else logits.sigmoid()
-        return choose_experts(scores, self.expert_bias, self.routing)
+        weights, experts = choose_experts(scores, self.expert_bias, self.routing)
+        return (weights if balance is None else balance.attach(weights, logits, scores, experts)), experts

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mindspeed_lora import ops
 from mindspeed_lora.arguments.configs import RecomputeFlags
 from mindspeed_lora.errors import UsageError
+from mindspeed_lora.model.balance import Balancer, MicroBatch
 from mindspeed_lora.model.decode import Attend, DecodeState, PackedDocuments
 from mindspeed_lora.model.layers import TransformerLayer
 from mindspeed_lora.model.norm import RMSNorm
@@ -68,13 +69,13 @@ class Decoder(nn.Module):
             self.final_layernorm = RMSNorm(config.hidden_size, config, context, dtype)
         self._recompute_groups = _recompute_groups(len(layers), recompute)
 
-    def forward(self, hidden: torch.Tensor, rotary: RotaryTables, attend: Attend) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, rotary: RotaryTables, attend: Attend, balance: MicroBatch | None = None) -> torch.Tensor:
         """``[s, b, h]`` (SP: ``[s/t, b, h]``) -> the same, before the final norm."""
         layers = list(self.layers.values())
 
         def run(start: int, end: int, hidden: torch.Tensor) -> torch.Tensor:
             for layer in layers[start:end]:
-                hidden = layer(hidden, rotary, attend)
+                hidden = layer(hidden, rotary, attend, balance)
             return hidden
 
         for start, end, recomputed in self._recompute_groups:
@@ -119,6 +120,7 @@ class GPTStage(nn.Module):
         self.decoder = Decoder(config, layers, is_last, context, dtype, recompute or RecomputeFlags(), storage)
         if is_last and not (is_first and config.tied_embeddings):
             self.output_layer = ColumnParallelLinear(config.hidden_size, config.padded_vocab_size, context, dtype=dtype)
+        self.balancer: Balancer | None = None  # set where the training asks for it
         self.inverse_frequencies, self.rotary_scale = inverse_frequencies(config).to(context.device), rotary_scale(config)
 
     @property
@@ -142,6 +144,7 @@ class GPTStage(nn.Module):
         row_weights: torch.Tensor | None = None,
         decode: DecodeState | None = None,
         document_ends: torch.Tensor | None = None,
+        token_shares: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run this stage.
 
@@ -152,6 +155,7 @@ class GPTStage(nn.Module):
             decode: set when generating.
             document_ends: int32 CPU ``[b, documents]``, cumulative ends of each row's documents, the last one s (repeated where
                 a row has fewer); None: each row is one document.
+            token_shares: float32 ``[b, s]``, what the ``balancer`` needs; None: it has nothing to do.
 
         Returns:
             Hidden of the shape above; on the last stage float32 ``[b]``, each row's weighted sum of -log p, or without
@@ -166,7 +170,8 @@ class GPTStage(nn.Module):
         hidden = self.embedding.word_embeddings(x) if self.is_first else x
         rotary = rotary_tables(self.inverse_frequencies, positions, hidden.dtype, self.rotary_scale)
         attend = decode if document_ends is None else PackedDocuments(document_ends.tolist())
-        hidden = self.decoder(hidden, rotary, attend)
+        balance = None if token_shares is None or self.balancer is None else self.balancer.micro_batch(token_shares)
+        hidden = self.decoder(hidden, rotary, attend, balance)
         if decode is not None and decode.cache is not None:
             decode.cache.advance(positions.shape[1])
         if not self.is_last:

@@ -73,16 +73,16 @@ def bubble_fraction(num_micro_batches: int, pp_size: int, num_chunks: int = 1) -
     return (pp_size - 1) / (num_micro_batches * num_chunks + pp_size - 1)
 
 
-def _stage_inputs(labels: torch.Tensor, row_weights: torch.Tensor, document_ends: torch.Tensor | None) -> Inputs:
-    inputs = {"labels": labels, "row_weights": row_weights}
-    return inputs if document_ends is None else {**inputs, "document_ends": document_ends}
+def _stage_inputs(labels: torch.Tensor, row_weights: torch.Tensor, **more: torch.Tensor | None) -> Inputs:
+    return {"labels": labels, "row_weights": row_weights, **{name: tensor for name, tensor in more.items() if tensor is not None}}
 
 
 def _take(inputs: Inputs, rows: slice, columns: int | None = None) -> Inputs:
     """The rows' inputs, for the first ``columns`` positions of them."""
     taken = {name: tensor[rows] for name, tensor in inputs.items()}
     if columns is not None:
-        taken["labels"] = taken["labels"][:, :columns]
+        for name in taken.keys() & {"labels", "token_shares"}:
+            taken[name] = taken[name][:, :columns]
         if "document_ends" in taken:
             taken["document_ends"] = taken["document_ends"].clamp(max=columns)
     return taken
@@ -126,6 +126,7 @@ class PipelineRunner:
         document_ends: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
         columns: Sequence[int] | None = None,
+        token_shares: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Accumulate gradients of the loss (times ``loss_scale``) over the replica's rows: by default of ``sum(row_weights * -log p)``.
 
@@ -136,11 +137,13 @@ class PipelineRunner:
             targets: float32 ``[m * micro_batch_size, ...]``, for the loss; only the last stage's are used.
             columns: of each micro-batch, how many of its s columns hold all its tokens; the others are left out where the schedule
                 takes micro-batches of different lengths (on one stage).
+            token_shares: float32 ``[m * micro_batch_size, s]``, for losses inside the stages (see the stage); None: there are none.
 
         Returns:
             The rows' losses (weighted sums of -log p) float32 ``[m * micro_batch_size]`` on the last stage, 0 elsewhere.
         """
-        inputs = _stage_inputs(labels, row_weights, document_ends)
+        shares = None if token_shares is None else token_shares * self.loss_scale
+        inputs = _stage_inputs(labels, row_weights, document_ends=document_ends, token_shares=shares)
         targets = row_weights if targets is None else targets
         if self.context.pp_size == 1:
             return self._accumulate(ids, inputs, targets, micro_batch_size, columns)
@@ -236,7 +239,7 @@ class PipelineRunner:
         columns: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """What :meth:`forward_backward` returns, without gradients."""
-        inputs = _stage_inputs(labels, row_weights, document_ends)
+        inputs = _stage_inputs(labels, row_weights, document_ends=document_ends)
         losses = torch.zeros(ids.shape[0], dtype=torch.float32, device=self.context.device)
         for number, start in enumerate(range(0, ids.shape[0], micro_batch_size)):
             rows = slice(start, start + micro_batch_size)

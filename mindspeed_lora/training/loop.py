@@ -18,6 +18,7 @@ from mindspeed_lora.log import get_logger
 from mindspeed_lora.parallel.collectives import all_reduce
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.pipeline import PipelineRunner
+from mindspeed_lora.training.balance import ExpertBalance, token_shares
 from mindspeed_lora.training.flops import FlopsModel
 from mindspeed_lora.training.gradients import Gradients
 from mindspeed_lora.training.guards import check_finite, check_lora_gradients
@@ -80,6 +81,12 @@ class Machinery:
     flops: FlopsModel
     trains_lora: bool
     scaler: LossScaler | None  # None: not fp16
+    balance: ExpertBalance | None = None  # None: no losses or statistics of experts
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what a training step gives beside the loss."""
+        return self.objective.metrics + (self.balance.names if self.balance is not None else ())
 
 
 class Trainer:
@@ -181,7 +188,7 @@ class Trainer:
             parts.optimizer.step(parts.schedule.at(self.state.schedule_samples))
         self.state.schedule_samples += self.global_batch_size
         self.state.optimizer_steps += 1
-        return StepResult(loss, norm, dict(zip(parts.objective.metrics, metrics, strict=True)))
+        return StepResult(loss, norm, dict(zip(parts.metrics, metrics, strict=True)))
 
     def _overflowed(self, scaler: LossScaler, loss: float, batch: StepBatch) -> bool:
         """Take the loss scale out of the gradients and go on to the next step's; whether they or the loss left the range of fp16.
@@ -208,13 +215,18 @@ class Trainer:
         parts = self.parts
         inputs = parts.objective.inputs(batch, evaluating=not training)
         rows = (inputs.ids, inputs.labels, inputs.weights, inputs.micro_batch_size, batch.document_ends)
+        shares = None
         if training:
-            losses = parts.runner.forward_backward(*rows, targets=inputs.targets, columns=batch.columns)
+            if parts.balance is not None:
+                shares = token_shares(batch, self.context.dp_size, self.config.loss_normalization).to(self.context.device)
+            losses = parts.runner.forward_backward(*rows, targets=inputs.targets, columns=batch.columns, token_shares=shares)
         else:
             losses = parts.runner.row_losses(*rows, columns=batch.columns)
         means = torch.zeros(1 + len(parts.objective.metrics), dtype=torch.float32, device=self.context.device)
         if self.context.is_last_stage and self.context.tp_rank == 0:
             means += parts.objective.values(losses, inputs)
+        if training and parts.balance is not None:
+            means = torch.cat((means, parts.balance.step_values(parts.runner.loss_scale)))
         all_reduce(means, self.context.model_group)
         return all_reduce(means, self.context.dp_group).tolist()
 
@@ -261,8 +273,9 @@ class Trainer:
             core_attention_percent=100 * share,
             metrics={
                 name: sum(step[name] for step in interval.metrics) / len(interval.metrics)
-                for name in (self.parts.objective.metrics if interval.metrics else ())
+                for name in (self.parts.metrics if interval.metrics else ())
             },
+            experts=() if self.parts.balance is None else self.parts.balance.use_of_layers(),
         )
         get_logger().info(report.line(self.config.log_throughput))
         if self.recorder is not None:

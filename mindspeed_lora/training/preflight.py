@@ -20,8 +20,10 @@ from mindspeed_lora.data.raw import PAIRWISE_SUFFIX, cache_root, is_raw_data, pr
 from mindspeed_lora.data.sft_dataset import KEYS, PAIR_KEYS, DocumentRule, SFTDataset, check_data_manifest, open_sft_dataset, split_ranges
 from mindspeed_lora.data.tokenizer import load_tokenizer, pad_token_id
 from mindspeed_lora.errors import CheckpointError, UsageError
+from mindspeed_lora.model.balance import BalanceTerms
 from mindspeed_lora.ops.nf4 import check_nf4
 from mindspeed_lora.parallel.context import check_expert_grid, data_parallel_size
+from mindspeed_lora.training.balance import balance_terms
 from mindspeed_lora.training.documents import document_rule
 from mindspeed_lora.training.profiling import check_profile
 from mindspeed_lora.training.schedule import LearningRateSchedule, build_schedule
@@ -49,6 +51,7 @@ class ModelPlan:
     global_batch_size: int
     schedule: LearningRateSchedule
     notes: list[str]
+    balance: BalanceTerms | None
 
     @property
     def num_micro_batches(self) -> int:
@@ -122,8 +125,9 @@ def plan_model(config: TrainConfig, world_size: int, start: StartPoint | None = 
     table.check_pipeline(parallel.pipeline_parallel_size, parallel.layers_per_virtual_stage)
     notes = list(start.notes)
     lora = _resolve_lora(config, start, table)
-    if model.experts is not None and lora is None:
-        notes.append("no auxiliary loss balances the experts: --moe-aux-loss-coeff comes with a later release")
+    balance = balance_terms(config, model, notes)
+    if model.experts is not None and lora is None and not (balance and balance.aux):
+        notes.append("no auxiliary loss balances the experts; --moe-aux-loss-coeff adds one")
     _check_base_storage(config, lora, dp_size, notes)
     return ModelPlan(
         config=config,
@@ -138,6 +142,7 @@ def plan_model(config: TrainConfig, world_size: int, start: StartPoint | None = 
         global_batch_size=global_batch_size,
         schedule=schedule,
         notes=notes,
+        balance=balance,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from mindspeed_lora.errors import DataError, UsageError
 from mindspeed_lora.files import write_text
 from mindspeed_lora.log import get_logger
+from mindspeed_lora.training.balance import LayerUse
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -38,6 +39,14 @@ class IterationReport:
     nan_iterations: int = 0  # skipped with a loss that is no number
     data_ms: float = 0.0  # of elapsed_ms, waiting for the batch
     metrics: Mapping[str, float] = field(default_factory=dict)  # means over the interval's steps, such as rewards/accuracies
+    experts: tuple[LayerUse, ...] = ()  # with --moe-per-layer-logging
+
+    @property
+    def expert_use(self) -> dict[str, float]:
+        """The busiest expert of all layers (times the mean), and how many experts had no token."""
+        if not self.experts:
+            return {}
+        return {"experts/busiest": max(use.busiest for use in self.experts), "experts/idle": sum(use.idle for use in self.experts)}
 
     def line(self, throughput: bool, now: datetime | None = None) -> str:
         """The peer's line (MindSpeed-LLM v26.0.0 ``training_log``); a nan iteration stops a run here, except in fp16."""
@@ -56,6 +65,9 @@ class IterationReport:
         fields += [f"{name}: {value:.6E}" for name, value in self.metrics.items()]
         if self.lm_loss is not None and self.lm_loss > 0:
             fields.append(f"lm loss: {self.lm_loss:.6E}")
+        if self.experts:
+            busiest, idle = self.expert_use.values()
+            fields.append(f"busiest expert: {busiest:.2f} x mean | experts without tokens: {idle:.0f}")
         fields.append(f"loss scale: {self.loss_scale:.1f}")
         if self.grad_norm is not None:
             fields.append(f"grad norm: {self.grad_norm:.3f}")
@@ -75,6 +87,7 @@ class IterationReport:
             "throughput": self.teraflops,
             "tokens-per-second-per-device": self.tokens_per_second,
             **self.metrics,
+            **self.expert_use,
         }
         return {name: value for name, value in values.items() if value is not None}
 
@@ -96,6 +109,7 @@ class IterationReport:
             "skipped_iterations": self.skipped_iterations,
             "nan_iterations": self.nan_iterations,
             **{name.replace("/", "_"): value for name, value in self.metrics.items()},
+            **({"experts": [use.record() for use in self.experts]} if self.experts else {}),
         }
 
 

@@ -25,6 +25,7 @@ from mindspeed_lora.parallel.context import ParallelContext, initialize, shutdow
 from mindspeed_lora.parallel.grouped import choose_products
 from mindspeed_lora.parallel.on_demand import BaseStorage, Plain
 from mindspeed_lora.parallel.pipeline import PipelineRunner, sum_of_rows
+from mindspeed_lora.training.balance import ExpertBalance
 from mindspeed_lora.training.dry_run import dry_run
 from mindspeed_lora.training.ending import report_end
 from mindspeed_lora.training.flat import TrainedParameter
@@ -144,6 +145,7 @@ def build_machinery(plan: TrainingPlan, context: ParallelContext, stages: Sequen
         flops=flops_model(plan.model, plan.table, plan.lora, plan.reference is not None),
         trains_lora=plan.lora is not None,
         scaler=build_scaler(plan.config.loss_scale, plan.dtype),
+        balance=None if plan.balance is None else ExpertBalance(plan.balance, plan.model, stages, context),
     )
 
 

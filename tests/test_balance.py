@@ -1,0 +1,255 @@
+"""Losses that balance experts: values and gradients against formulas in fp64 and transformers, and the same at every layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layout_cells import LAYOUTS, Cell, Outcome, assemble, run_cell
+from pool import ProcessPool
+from test_training_layouts import relative
+from training_helpers import change, make_config, make_workspace, metrics, run_training
+
+from mindspeed_lora.arguments.configs import ArchitectureFlags, BalanceFlags, ExpertFlags
+from mindspeed_lora.errors import UsageError
+from mindspeed_lora.model.balance import Balancer, BalanceTerms
+from mindspeed_lora.parallel.context import single_process_context
+from mindspeed_lora.training.preflight import plan_model
+from mindspeed_lora.weights.families import model_config_from_hf
+from mindspeed_lora.weights.table import WeightTable
+
+WITH_EXPERTS = [0, 2, 3]  # of the tiny model's four layers
+ROWS, LENGTH, EXPERTS, TOP = 3, 5, 6, 2
+BY_NAME = {layout.name: layout for layout in LAYOUTS}
+
+
+def micro_batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """logits ``[s b, E]``, chosen experts, shares ``[b, s]`` with padding behind the rows."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(LENGTH * ROWS, EXPERTS, generator=generator).requires_grad_()
+    shares = (torch.arange(LENGTH) < torch.tensor([5, 2, 4]).unsqueeze(1)).float() / 40
+    return logits, logits.detach().topk(TOP).indices, shares
+
+
+def attached_gradient(terms: BalanceTerms, score: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of the logits that the losses alone give, and the recorded losses."""
+    logits, experts, shares = micro_batch()
+    balancer = Balancer(terms, [4], EXPERTS, single_process_context())
+    scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+    weights = balancer.micro_batch(shares).of(4).attach(scores.gather(1, experts), logits, scores, experts)
+    (0.0 * weights).sum().backward()
+    assert logits.grad is not None
+    return logits.grad, balancer.losses[0]
+
+
+def formula(score: str, by_row: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Load balancing, z and their gradients, token by token in fp64."""
+    logits, experts, shares = micro_batch()
+    logits = logits.detach().double().requires_grad_()
+    scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    total = torch.zeros((), dtype=torch.float64)
+    for group in [[row] for row in range(ROWS)] if by_row else [list(range(ROWS))]:
+        tokens = [(place * ROWS + row, shares[row, place].double()) for row in group for place in range(LENGTH) if shares[row, place] > 0]
+        for expert in range(EXPERTS):
+            chosen = sum(int(expert in experts[token].tolist()) for token, _ in tokens) / (TOP * len(tokens))
+            total = total + EXPERTS * chosen * sum(share * scores[token, expert] for token, share in tokens)
+    z = sum(shares.t().flatten()[token].double() * logits[token].exp().sum().log() ** 2 for token in range(ROWS * LENGTH))
+    gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (total, z)]
+    return total.detach(), z.detach(), *gradients
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("by_row", [False, True], ids=["micro_batch", "row"])
+def test_losses_and_gradients_are_the_formulas(score: str, by_row: bool) -> None:
+    aux, z, aux_gradient, z_gradient = formula(score, by_row)
+    gradient, losses = attached_gradient(BalanceTerms(0.3, by_row, 0.7), score)
+    assert losses.tolist() == pytest.approx([aux.item(), z.item()], rel=1e-6)
+    torch.testing.assert_close(gradient.double(), 0.3 * aux_gradient + 0.7 * z_gradient, rtol=1e-5, atol=1e-9)
+
+
+def test_one_layer_without_padding_is_transformers_loss_over_top_k() -> None:
+    """transformers sums the shares of the k-th choices, each a share of the tokens: k times Megatron's."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    logits, experts, _ = micro_batch()
+    expected = load_balancing_loss_func((logits,), EXPERTS, TOP)
+    expected.backward()
+    balancer = Balancer(BalanceTerms(aux=1.0), [0], EXPERTS, single_process_context())
+    ours = logits.detach().clone().requires_grad_()
+    shares = torch.full((ROWS, LENGTH), 1 / (ROWS * LENGTH))
+    scores = ours.softmax(-1)
+    balancer.micro_batch(shares).of(0).attach(scores.gather(1, experts), ours, scores, experts).sum().mul(0.0).backward()
+    assert TOP * balancer.losses[0, 0].item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(TOP * ours.grad, logits.grad)
+
+
+def test_padding_with_its_mask_is_transformers_too() -> None:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    logits, _, shares = micro_batch()
+    by_row = logits.detach().view(LENGTH, ROWS, EXPERTS).transpose(0, 1).reshape(-1, EXPERTS)
+    expected = load_balancing_loss_func((by_row,), EXPERTS, TOP, (shares > 0).long())
+    _, losses = attached_gradient(BalanceTerms(aux=1.0), "softmax")
+    assert TOP * losses[0].item() / shares.sum().item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_layer_that_is_computed_again_counts_once() -> None:
+    logits, experts, shares = micro_batch()
+    balancer = Balancer(BalanceTerms(aux=1.0, counts=True), [4], EXPERTS, single_process_context())
+    batch, scores = balancer.micro_batch(shares), logits.softmax(-1)
+    for _ in range(2):
+        batch.of(4).attach(scores.gather(1, experts), logits, scores, experts)
+    assert balancer.counts.sum().item() == TOP * 11  # real tokens
+    assert balancer.losses[0, 0].item() == pytest.approx(formula("softmax", False)[0].item(), rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("balance"), "qwen3_moe")
+
+
+def balanced(config: Any, kind: str = "aux_loss", **flags: Any) -> Any:
+    """The configuration with large coefficients, so that a wrong one is seen."""
+    architecture = ArchitectureFlags(experts=ExpertFlags(balancing=kind))
+    return dataclasses.replace(config, architecture=architecture, balance=BalanceFlags(**{"aux": 0.5, "z": 0.1, **flags}))
+
+
+def outcome(pool: ProcessPool, workspace: Path, cell: Cell, kind: str, **changes: Any) -> list[Outcome]:
+    return pool.run(run_cell, cell.layout.world_size, balanced(change(cell.config(workspace), **changes), kind), 3)
+
+
+def reference_gradients(workspace: Path, config: Any, by_row: bool, kind: str = "tokens") -> dict[str, torch.Tensor]:
+    """transformers' gradients of loss and both balancing losses of the first global batch, written from its router logits."""
+    from transformers import AutoModelForCausalLM
+
+    from mindspeed_lora.training.balance import token_shares
+    from mindspeed_lora.training.objective import row_weights
+    from mindspeed_lora.training.preflight import plan_training
+    from mindspeed_lora.training.run import training_batches
+
+    batch = next(iter(training_batches(plan_training(config, 1), single_process_context())))
+    model = AutoModelForCausalLM.from_pretrained(workspace / "model", attn_implementation="eager", dtype=torch.float32).eval()
+    model.config.output_router_logits = True
+    shares, weights = token_shares(batch, 1, kind), row_weights(batch, 1, kind)
+    size = batch.micro_batch_size
+    for start in range(0, len(batch.input_ids), size):
+        rows = slice(start, start + size)
+        out = model(input_ids=batch.input_ids[rows], output_router_logits=True)
+        losses = torch.nn.functional.cross_entropy(
+            out.logits.flatten(0, 1), batch.labels[rows].flatten(), ignore_index=-100, reduction="none"
+        )
+        loss = (losses.view(size, -1).sum(1) * weights[rows]).sum()
+        for logits in out.router_logits:  # [b s, E]
+            logits = logits.view(size, -1, logits.shape[-1])
+            scores, share = logits.softmax(-1), shares[rows].unsqueeze(-1)
+            chosen = torch.zeros_like(scores).scatter(-1, scores.topk(model.config.num_experts_per_tok).indices, 1.0) * share
+            dims = (1,) if by_row else (0, 1)
+            used = chosen.sum(dims, keepdim=True) / chosen.sum((*dims, 2), keepdim=True)
+            loss = loss + 0.5 * logits.shape[-1] * (used.detach() * scores * share).sum()
+            loss = loss + 0.1 * (share[..., 0] * logits.logsumexp(-1).square()).sum()
+        loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if name.endswith("mlp.gate.weight")}
+
+
+@pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss"])
+@pytest.mark.parametrize("normalization", ["tokens", "micro-batch"])
+def test_router_gradients_of_a_step_are_transformers(pool: ProcessPool, workspace: Path, kind: str, normalization: str) -> None:
+    config = balanced(Cell(BY_NAME["tp1"], "full_untied", 4, "keep", False).config(workspace, optimizer__clip_grad=0.0), kind)
+    config = dataclasses.replace(config, loss_normalization=normalization)
+    found = pool.run(run_cell, 1, config, 1)[0].gradients
+    expected = reference_gradients(workspace, config, kind == "seq_aux_loss", normalization)
+    assert len(expected) == 3  # of four layers one is dense
+    for name, gradient in expected.items():
+        ours = found[f"decoder.layers.{name.split('.')[2]}.mlp.router.weight"]
+        torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("layout", "mode", "recompute", "zero", "kind"),
+    [
+        ("tp2sp", "full_untied", "recompute", False, "aux_loss"),
+        ("tp2", "full_untied", "keep", True, "seq_aux_loss"),
+        ("tp2pp2", "full_untied", "recompute", False, "aux_loss"),
+        ("pp2", "lora_fused", "keep", False, "aux_loss"),
+        ("dp2", "full_untied", "keep", True, "aux_loss"),
+    ],
+)
+def test_the_result_does_not_depend_on_the_layout(
+    pool: ProcessPool, workspace: Path, layout: str, mode: str, recompute: str, zero: bool, kind: str
+) -> None:
+    expected = outcome(pool, workspace, Cell(BY_NAME["tp1"], mode, 2, "keep", False), kind)
+    outcomes = outcome(pool, workspace, Cell(BY_NAME[layout], mode, 2, recompute, zero), kind)
+    plain = pool.run(run_cell, 1, Cell(BY_NAME["tp1"], mode, 2, "keep", False).config(workspace), 1)
+    table = WeightTable(model_config_from_hf(workspace / "model"))
+    whole = assemble(expected, table, "gradients")
+    assert relative(assemble(plain, table, "gradients"), whole) > 0.01  # the losses do something
+    assert relative(assemble(outcomes, table, "gradients"), whole) <= 2e-5
+    for found in outcomes:
+        assert found.losses == pytest.approx(expected[0].losses, rel=1e-5)
+        assert found.norms == pytest.approx(expected[0].norms, rel=1e-4)
+
+
+def test_losses_of_rows_do_not_depend_on_the_micro_batch(pool: ProcessPool, workspace: Path) -> None:
+    small, large = (
+        outcome(pool, workspace, Cell(BY_NAME["tp1"], "full_untied", size, "keep", False), "seq_aux_loss")[0] for size in (1, 4)
+    )
+    assert small.norms == pytest.approx(large.norms, rel=1e-4)
+    small, large = (outcome(pool, workspace, Cell(BY_NAME["tp1"], "full_untied", size, "keep", False), "aux_loss")[0] for size in (1, 4))
+    assert small.norms != pytest.approx(large.norms, rel=1e-3)  # f is a micro-batch's
+
+
+def test_what_is_logged_is_the_same_at_another_layout(pool: ProcessPool, workspace: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, cut in (("one", {}), ("four", {"parallel__tensor_parallel_size": 2, "parallel__pipeline_parallel_size": 2})):
+        config = balanced(
+            dataclasses.replace(make_config(workspace, train_iters=2, save__save=tmp_path / name, **cut), lora=None), log_layers=True
+        )
+        lines = pool.run(run_training, 4 if cut else 1, config)[0]
+        assert "load_balancing_loss: " in lines and "z_loss: " in lines and "busiest expert: " in lines
+        found[name] = metrics(tmp_path / name)
+    for one, four in zip(found["one"], found["four"], strict=True):
+        for key in ("lm_loss", "load_balancing_loss", "z_loss"):
+            assert four[key] == pytest.approx(one[key], rel=1e-5)
+        assert [use["layer"] for use in one["experts"]] == WITH_EXPERTS
+        assert [use | {"layer": 0} for use in four["experts"]] == [pytest.approx(use | {"layer": 0}, rel=1e-5) for use in one["experts"]]
+        assert one["load_balancing_loss"] == pytest.approx(sum(use["load_balancing_loss"] for use in one["experts"]) / 3, rel=1e-5)
+    assert all(use["busiest"] >= 1 for record in found["one"] for use in record["experts"])
+
+
+def plan(workspace: Path, kind: str | None, **flags: Any) -> Any:
+    config = dataclasses.replace(make_config(workspace), lora=None)
+    return plan_model(balanced(config, kind, **flags) if kind else dataclasses.replace(config, balance=BalanceFlags(**flags)), 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "expected"),
+    [
+        (None, {}, None),
+        (None, {"aux": 0.01}, BalanceTerms(aux=0.01)),  # as in the peer, whose default is aux_loss
+        ("aux_loss", {"aux": 0.01, "z": 0.0, "by_row": True}, BalanceTerms(aux=0.01)),
+        ("pai_megatron_aux_loss", {"aux": 0.01, "z": 0.0}, BalanceTerms(aux=0.01)),
+        ("group_limited_greedy", {"aux": 0.01, "z": 0.0}, BalanceTerms(aux=0.01)),
+        ("group_limited_greedy", {"aux": 0.01, "z": 0.0, "by_row": True}, BalanceTerms(aux=0.01, by_row=True)),
+        ("none", {"aux": 0.01, "z": 0.0, "by_row": True}, BalanceTerms(aux=0.01, by_row=True)),
+        ("none", {"aux": 0.01, "z": 0.0}, None),
+        ("softmax_topk", {"aux": 0.01, "z": 0.0, "by_row": True}, None),
+        ("softmax_topk", {"aux": 0.01, "z": 0.001}, BalanceTerms(aux=0.0, by_row=False, z=0.001)),
+        ("seq_aux_loss", {"aux": 0.0, "z": 0.0, "log_layers": True}, BalanceTerms(by_row=True, counts=True)),
+    ],
+)
+def test_flags_mean_what_they_mean_to_the_peer(
+    workspace: Path, kind: str | None, flags: dict[str, Any], expected: BalanceTerms | None
+) -> None:
+    made = plan(workspace, kind, **flags)
+    assert made.balance == expected
+    idle = flags.get("aux") and (expected is None or not expected.aux)
+    assert any("has no effect" in note for note in made.notes) == bool(idle)
+
+
+def test_a_dense_model_has_nothing_to_balance(tmp_path: Path) -> None:
+    folder = make_workspace(tmp_path, "qwen3")
+    with pytest.raises(UsageError, match=r"--moe-aux-loss-coeff 0\.01 and --moe-per-layer-logging: a qwen3 model has no experts"):
+        plan(folder, None, aux=0.01, log_layers=True)
