@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from layout_cells import LAYOUTS, Cell, Outcome, assemble, run_cell
+from layout_cells import LAYOUTS, Cell, Layout, Outcome, assemble, run_cell
 from pool import ProcessPool
 from test_training_layouts import relative
 from training_helpers import change, make_config, make_workspace, metrics, run_training
@@ -23,7 +25,12 @@ from mindspeed_lora.weights.table import WeightTable
 
 WITH_EXPERTS = [0, 2, 3]  # of the tiny model's four layers
 ROWS, LENGTH, EXPERTS, TOP = 3, 5, 6, 2
-BY_NAME = {layout.name: layout for layout in LAYOUTS}
+BY_NAME = {layout.name: layout for layout in LAYOUTS} | {
+    "ep2": Layout("ep2", dp=2, ep=2),
+    "tp2etp1": Layout("tp2etp1", tp=2, etp=1, sp=True),
+    "tp2etp1plain": Layout("tp2etp1plain", tp=2, etp=1),
+    "tp2ep2etp1": Layout("tp2ep2etp1", tp=2, dp=2, ep=2, etp=1),
+}
 
 
 def micro_batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -167,29 +174,50 @@ def test_router_gradients_of_a_step_are_transformers(pool: ProcessPool, workspac
         torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=2e-6)
 
 
+@pytest.fixture(scope="module")
+def one_process(pool: ProcessPool, workspace: Path) -> Callable[[str, str], Outcome]:
+    """One process's three steps with micro-batches of 2, by what is trained and the kind of loss ("": none)."""
+
+    @functools.cache
+    def outcome_of(mode: str, kind: str) -> Outcome:
+        cell = Cell(BY_NAME["tp1"], mode, 2, "keep", False)
+        return outcome(pool, workspace, cell, kind)[0] if kind else pool.run(run_cell, 1, cell.config(workspace), 1)[0]
+
+    return outcome_of
+
+
 @pytest.mark.parametrize(
     ("layout", "mode", "recompute", "zero", "kind"),
     [
         ("tp2sp", "full_untied", "recompute", False, "aux_loss"),
         ("tp2", "full_untied", "keep", True, "seq_aux_loss"),
-        ("tp2pp2", "full_untied", "recompute", False, "aux_loss"),
         ("pp2", "lora_fused", "keep", False, "aux_loss"),
-        ("dp2", "full_untied", "keep", True, "aux_loss"),
+        ("ep2", "full_untied", "recompute", True, "aux_loss"),
+        ("tp2etp1", "full_untied", "recompute", False, "aux_loss"),
+        ("tp2etp1plain", "full_untied", "keep", False, "seq_aux_loss"),
+        pytest.param("tp2pp2", "full_untied", "recompute", False, "aux_loss", marks=pytest.mark.slow),
+        pytest.param("tp2ep2etp1", "full_untied", "recompute", True, "aux_loss", marks=pytest.mark.slow),
     ],
 )
 def test_the_result_does_not_depend_on_the_layout(
-    pool: ProcessPool, workspace: Path, layout: str, mode: str, recompute: str, zero: bool, kind: str
+    pool: ProcessPool,
+    workspace: Path,
+    one_process: Callable[[str, str], Outcome],
+    layout: str,
+    mode: str,
+    recompute: str,
+    zero: bool,
+    kind: str,
 ) -> None:
-    expected = outcome(pool, workspace, Cell(BY_NAME["tp1"], mode, 2, "keep", False), kind)
+    expected, plain = one_process(mode, kind), one_process(mode, "")
     outcomes = outcome(pool, workspace, Cell(BY_NAME[layout], mode, 2, recompute, zero), kind)
-    plain = pool.run(run_cell, 1, Cell(BY_NAME["tp1"], mode, 2, "keep", False).config(workspace), 1)
     table = WeightTable(model_config_from_hf(workspace / "model"))
-    whole = assemble(expected, table, "gradients")
-    assert relative(assemble(plain, table, "gradients"), whole) > 0.01  # the losses do something
-    assert relative(assemble(outcomes, table, "gradients"), whole) <= 2e-5
+    whole = assemble([expected], table, "gradients")
+    assert relative(assemble([plain], table, "gradients"), whole) > 0.01  # the losses do something
+    assert relative(assemble(outcomes, table, "gradients"), whole) <= 3e-5  # 2.1e-5 seen; a wrong share is off by per cents
     for found in outcomes:
-        assert found.losses == pytest.approx(expected[0].losses, rel=1e-5)
-        assert found.norms == pytest.approx(expected[0].norms, rel=1e-4)
+        assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert found.norms == pytest.approx(expected.norms, rel=1e-4)
 
 
 def test_losses_of_rows_do_not_depend_on_the_micro_batch(pool: ProcessPool, workspace: Path) -> None:
@@ -201,9 +229,12 @@ def test_losses_of_rows_do_not_depend_on_the_micro_batch(pool: ProcessPool, work
     assert small.norms != pytest.approx(large.norms, rel=1e-3)  # f is a micro-batch's
 
 
+FOUR = {"parallel__tensor_parallel_size": 2, "parallel__pipeline_parallel_size": 2, "parallel__expert_tensor_parallel_size": 1}
+
+
 def test_what_is_logged_is_the_same_at_another_layout(pool: ProcessPool, workspace: Path, tmp_path: Path) -> None:
     found = {}
-    for name, cut in (("one", {}), ("four", {"parallel__tensor_parallel_size": 2, "parallel__pipeline_parallel_size": 2})):
+    for name, cut in (("one", {}), ("four", FOUR)):
         config = balanced(
             dataclasses.replace(make_config(workspace, train_iters=2, save__save=tmp_path / name, **cut), lora=None), log_layers=True
         )
