@@ -35,7 +35,7 @@ def test_the_trace_holds_the_asked_steps_their_parts_and_the_collectives(pool: P
         save__save=tmp_path / "s",
         train_iters=3,
         parallel=ParallelFlags(tensor_parallel_size=2, sequence_parallel=True),
-        profile=ProfileFlags(step_start=1, step_end=3, ranks=(1,)),
+        profile=ProfileFlags(step_start=2, step_end=4, ranks=(1,)),
     )
     pool.run(run_training, 2, config)
     folder = tmp_path / "s" / "profile"
@@ -50,7 +50,7 @@ def test_the_trace_holds_the_asked_steps_their_parts_and_the_collectives(pool: P
 
 
 def test_one_process_traces_to_the_end_where_told(workspace: Path, tmp_path: Path) -> None:
-    flags = ProfileFlags(step_start=0, step_end=-1, ranks=(-1,), save_path=tmp_path / "t", record_shapes=True)
+    flags = ProfileFlags(step_start=1, step_end=-1, ranks=(-1,), save_path=tmp_path / "t", record_shapes=True)
     text = run_training(make_config(workspace, train_iters=2, profile=flags))
     path = tmp_path / "t" / "rank0_iterations_1_to_2.json"
     assert f"trace of iterations 1 to 2: {path}" in text
@@ -60,7 +60,7 @@ def test_one_process_traces_to_the_end_where_told(workspace: Path, tmp_path: Pat
 
 
 def test_training_is_the_same(workspace: Path, tmp_path: Path) -> None:
-    flags = ProfileFlags(step_start=0, step_end=1, save_path=tmp_path / "t")
+    flags = ProfileFlags(step_start=1, step_end=2, save_path=tmp_path / "t")
     lines = [
         [
             line.split("lm loss")[1]
@@ -77,13 +77,13 @@ def test_training_is_the_same(workspace: Path, tmp_path: Path) -> None:
     [
         (
             ProfileFlags(),
-            "--profile-step-start 10 and --profile-step-end 12 trace iterations 11 to 12, but this run makes iterations 1 to 4",
+            "--profile-step-start 10 and --profile-step-end 12 trace iterations 10 to 11, but this run makes iterations 1 to 4",
         ),
-        (ProfileFlags(2, 5), "trace iterations 3 to 5, but this run makes iterations 1 to 4"),
-        (ProfileFlags(3, 3), "trace iterations 4 to 3: there are none"),
-        (ProfileFlags(4, -1), "trace iterations 5 to 4: there are none"),
-        (ProfileFlags(0, 2, ranks=(0, 1)), "--profile-ranks 1: there are ranks 0 to 0, and -1 for all of them"),
-        (ProfileFlags(0, 2, ranks=(-2,)), "--profile-ranks -2: there are ranks 0 to 0"),
+        (ProfileFlags(3, 6), "trace iterations 3 to 5, but this run makes iterations 1 to 4"),
+        (ProfileFlags(4, 4), "trace iterations 4 to 3: there are none"),
+        (ProfileFlags(5, -1), "trace iterations 5 to 4: there are none"),
+        (ProfileFlags(1, 3, ranks=(0, 1)), "--profile-ranks 1: there are ranks 0 to 0, and -1 for all of them"),
+        (ProfileFlags(1, 3, ranks=(-2,)), "--profile-ranks -2: there are ranks 0 to 0"),
     ],
 )
 def test_steps_and_ranks_outside_the_run_are_refused(workspace: Path, flags: ProfileFlags, message: str) -> None:
@@ -95,22 +95,22 @@ def test_steps_behind_a_continued_run_are_refused(workspace: Path, tmp_path: Pat
     save = tmp_path / "s"
     run_training(make_config(workspace, save__save=save, train_iters=2))
     with pytest.raises(UsageError, match="trace iterations 2 to 3, but this run makes iterations 3 to 4"):
-        run_training(make_config(workspace, save__save=save, load__lora_load=save, profile=ProfileFlags(1, 3)))
+        run_training(make_config(workspace, save__save=save, load__lora_load=save, profile=ProfileFlags(2, 4)))
 
 
 def test_a_folder_that_cannot_be_written_is_told(workspace: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MindSpeedLoraError, match=r"--profile: .*file.*cannot be written .*choose another --profile-save-path"):
-        run_training(make_config(workspace, train_iters=1, profile=ProfileFlags(0, 1, save_path=tmp_path / "file")))
+        run_training(make_config(workspace, train_iters=1, profile=ProfileFlags(1, 2, save_path=tmp_path / "file")))
 
 
 def test_the_peers_flags_are_read_and_need_profile(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"--load {workspace / 'model'} --data-path {workspace / 'data' / 'set'} --train-iters 3 --device cpu".split()
     peer = [
         "--profile-step-start",
-        "4",
+        "5",
         "--profile-step-end",
-        "9",
+        "10",
         "--profile-ranks",
         "0",
         "1",

@@ -260,8 +260,8 @@ class BalanceFlags:
 class ProfileFlags:
     """A trace of some training steps (``--profile``)."""
 
-    step_start: int = 10  # iterations before the first traced one
-    step_end: int = 12  # last traced iteration; -1: the run's last
+    step_start: int = 10  # first traced iteration, counted from 1
+    step_end: int = 12  # the iteration after the last traced one; -1: trace to the run's end
     ranks: tuple[int, ...] = (0,)  # -1: all
     save_path: Path | None = None  # None: <save>/profile, without --save ./profile_dir
     record_shapes: bool = False

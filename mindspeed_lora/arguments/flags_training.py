@@ -371,8 +371,15 @@ PROFILE = [
         "profile",
         default_text="off",
     ),
-    active("--profile-step-start", T, "saving and logging", "trace the iterations after this one", COUNT_OR_ZERO, "profile.step_start"),
-    active("--profile-step-end", T, "saving and logging", "last traced iteration; -1: the run's last", WHOLE, "profile.step_end"),
+    active("--profile-step-start", T, "saving and logging", "first traced iteration, counted from 1", COUNT, "profile.step_start"),
+    active(
+        "--profile-step-end",
+        T,
+        "saving and logging",
+        "the iteration after the last traced one; -1: trace to the run's end",
+        WHOLE,
+        "profile.step_end",
+    ),
     active("--profile-ranks", T, "saving and logging", "ranks that write a trace; -1: all", WHOLE, "profile.ranks", many=True),
     active(
         "--profile-save-path",

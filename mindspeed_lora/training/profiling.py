@@ -4,7 +4,8 @@ What the profiler records (operators, kernels, collectives) lies within named ra
 
     forward and backward | reduce gradients | optimizer
 
-so that a collective beside a product, on another stream of the device, shows as overlap.
+so that a collective beside a product, on another stream of the device, shows as overlap. Iterations are counted as MindSpeed-LLM's
+profiler counts them: from 1, ``--profile-step-start`` is the first to be traced, ``--profile-step-end`` the first that is not.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from mindspeed_lora.device import make_profiler, synchronize
 from mindspeed_lora.errors import MindSpeedLoraError, UsageError
 from mindspeed_lora.log import get_logger
 
-ALL = -1  # of --profile-ranks and --profile-step-end: all ranks, the last iteration
+ALL = -1  # of --profile-ranks and --profile-step-end: all ranks, to the run's end
 
 
 def last_iteration(flags: ProfileFlags, train_iters: int) -> int:
     """The last iteration of the trace."""
-    return train_iters if flags.step_end == ALL else flags.step_end
+    return train_iters if flags.step_end == ALL else flags.step_end - 1
 
 
 def check_profile(config: TrainConfig, done: int, world_size: int) -> None:
@@ -38,11 +39,11 @@ def check_profile(config: TrainConfig, done: int, world_size: int) -> None:
     flags = config.profile
     if flags is None:
         return
-    start, end = flags.step_start, last_iteration(flags, config.train_iters)
-    traced = f"--profile-step-start {start} and --profile-step-end {flags.step_end} trace iterations {start + 1} to {end}"
-    if not start < end:
-        raise UsageError(f"{traced}: there are none; --profile-step-end must be above --profile-step-start")
-    if not done <= start or not end <= config.train_iters:
+    first, last = flags.step_start, last_iteration(flags, config.train_iters)
+    traced = f"--profile-step-start {first} and --profile-step-end {flags.step_end} trace iterations {first} to {last}"
+    if first > last:
+        raise UsageError(f"{traced}: there are none; --profile-step-end must be above --profile-step-start, or -1 for the run's end")
+    if first <= done or last > config.train_iters:
         raise UsageError(f"{traced}, but this run makes iterations {done + 1} to {config.train_iters}; choose some of those")
     foreign = [rank for rank in flags.ranks if not ALL <= rank < world_size]
     if foreign:
@@ -51,10 +52,10 @@ def check_profile(config: TrainConfig, done: int, world_size: int) -> None:
 
 @dataclass
 class StepTrace:
-    """Records iterations ``start + 1`` to ``end`` of this rank and writes them to ``path``."""
+    """Records iterations ``first`` to ``last`` of this rank and writes them to ``path``."""
 
-    start: int
-    end: int
+    first: int
+    last: int
     path: Path
     device: torch.device
     make: Callable[[], Any]
@@ -62,7 +63,7 @@ class StepTrace:
 
     def before(self, done: int) -> None:
         """``done`` iterations lie behind; start where the next is the first to be traced."""
-        if done == self.start:
+        if done + 1 == self.first:
             self.profiler = self.make()
             self.profiler.start()
 
@@ -72,7 +73,7 @@ class StepTrace:
         Raises:
             MindSpeedLoraError: the file cannot be written.
         """
-        if self.profiler is None or done != self.end:
+        if self.profiler is None or done != self.last:
             return
         synchronize(self.device)
         self.profiler.stop()
@@ -82,7 +83,7 @@ class StepTrace:
         except (OSError, RuntimeError) as error:
             raise MindSpeedLoraError(f"--profile: {self.path} cannot be written ({error}); choose another --profile-save-path") from error
         self.profiler = None
-        get_logger().info(f"trace of iterations {self.start + 1} to {self.end}: {self.path} (open it in ui.perfetto.dev)")
+        get_logger().info(f"trace of iterations {self.first} to {self.last}: {self.path} (open it in ui.perfetto.dev)")
 
 
 def step_trace(config: TrainConfig, rank: int, device: torch.device) -> StepTrace | None:
@@ -90,10 +91,10 @@ def step_trace(config: TrainConfig, rank: int, device: torch.device) -> StepTrac
     flags = config.profile
     if flags is None or (rank not in flags.ranks and ALL not in flags.ranks):
         return None
-    start, end = flags.step_start, last_iteration(flags, config.train_iters)
+    first, last = flags.step_start, last_iteration(flags, config.train_iters)
     folder = flags.save_path or (config.save.save / "profile" if config.save.save else Path("profile_dir"))
 
     def make() -> Any:
         return make_profiler(device, flags.record_shapes, flags.with_memory, flags.with_stack)
 
-    return StepTrace(start, end, folder / f"rank{rank}_iterations_{start + 1}_to_{end}.json", device, make)
+    return StepTrace(first, last, folder / f"rank{rank}_iterations_{first}_to_{last}.json", device, make)
