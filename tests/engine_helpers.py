@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mindspeed_lora.arguments.configs import ArchitectureFlags, RecomputeFlags
 from mindspeed_lora.checkpoint.load import base_name, load_adapter, load_base
 from mindspeed_lora.checkpoint.resolve import resolve_lora, resolve_model_config
-from mindspeed_lora.lora.inject import inject_lora
+from mindspeed_lora.lora.inject import inject_lora, kaiming_uniform
 from mindspeed_lora.model.stage import GPTStage, build_stage_modules
 from mindspeed_lora.parallel.context import ParallelContext, single_process_context
 from mindspeed_lora.parallel.on_demand import BaseStorage
@@ -99,3 +100,42 @@ def batch(rows: int = 4, length: int = 16, vocab_size: int = 320, seed: int = 3)
     labels[-1, length // 2 :] = -100
     weights = torch.full((rows,), 1.0 / int((labels != -100).sum()))
     return ids, labels, weights
+
+
+def peft_twin(reference: Any, table: WeightTable) -> Any:
+    """PEFT around ``reference``, a model of transformers, with our A in each of q, k, v (gate, up) and the same B."""
+    from peft import LoraConfig, get_peft_model
+
+    leaves = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    twin = get_peft_model(reference, LoraConfig(r=SPEC.r, lora_alpha=SPEC.alpha, target_modules=leaves))
+    parameters = dict(twin.named_parameters())
+    with torch.no_grad():
+        for row, layer in table.target_entries(SPEC.targets):
+            a_name = row.name(layer).removesuffix("weight") + "lora_A.default.weight"
+            for name, part in zip(row.hf_names(layer), lora_b_parts(row, layer, SPEC.r), strict=True):
+                stem = "base_model.model." + name.removesuffix("weight")
+                a = parameters[f"{stem}lora_A.default.weight"]
+                a.copy_(kaiming_uniform(a_name, 7, *a.shape))
+                parameters[f"{stem}lora_B.default.weight"].copy_(part)
+    return twin
+
+
+def reference_loss(model: Any) -> torch.Tensor:
+    """Of :func:`batch`, weighted as ours."""
+    ids, labels, weights = batch()
+    logits = model(input_ids=ids).logits
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    return (losses.view_as(labels).sum(dim=1) * weights).sum()
+
+
+def twin_gradients(twin: Any, table: WeightTable) -> dict[str, torch.Tensor]:
+    """By our names, whole: dA = sum over the fused parts, dB = the parts' rows behind one another."""
+    reference_loss(twin).backward()
+    parameters = dict(twin.named_parameters())
+    gradients = {}
+    for row, layer in table.target_entries(SPEC.targets):
+        stem = row.name(layer).removesuffix("weight")
+        parts = ["base_model.model." + name.removesuffix("weight") for name in row.hf_names(layer)]
+        gradients[f"{stem}lora_A.default.weight"] = sum(parameters[f"{part}lora_A.default.weight"].grad for part in parts)
+        gradients[f"{stem}lora_B.default.weight"] = torch.cat([parameters[f"{part}lora_B.default.weight"].grad for part in parts])
+    return gradients

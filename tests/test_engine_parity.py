@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_helpers import SPEC, Engine, batch, build_engine, lora_b_parts
+from engine_helpers import SPEC, Engine, batch, build_engine, peft_twin, reference_loss, twin_gradients
 from helpers import make_model, weights_in
 
 from mindspeed_lora.checkpoint.load import base_name
-from mindspeed_lora.lora.inject import kaiming_uniform
 from mindspeed_lora.model.decode import DecodeState, KVCache
 from mindspeed_lora.parallel.context import build_context
 from mindspeed_lora.parallel.pipeline import PipelineRunner, forward_through_stages, sum_of_rows
@@ -52,44 +51,6 @@ def _reference_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **weights_in(torch.float32)).eval()
-
-
-def _peft_twin(folder: Path, table: Any) -> Any:
-    """PEFT around transformers with our A in each of q, k, v (gate, up) and the same B."""
-    from peft import LoraConfig, get_peft_model
-
-    leaves = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    twin = get_peft_model(_reference_model(folder), LoraConfig(r=SPEC.r, lora_alpha=SPEC.alpha, target_modules=leaves))
-    parameters = dict(twin.named_parameters())
-    with torch.no_grad():
-        for row, layer in table.target_entries(SPEC.targets):
-            a_name = row.name(layer).removesuffix("weight") + "lora_A.default.weight"
-            for name, part in zip(row.hf_names(layer), lora_b_parts(row, layer, SPEC.r), strict=True):
-                stem = "base_model.model." + name.removesuffix("weight")
-                a = parameters[f"{stem}lora_A.default.weight"]
-                a.copy_(kaiming_uniform(a_name, 7, *a.shape))
-                parameters[f"{stem}lora_B.default.weight"].copy_(part)
-    return twin
-
-
-def _reference_loss(model: Any) -> torch.Tensor:
-    ids, labels, weights = batch()
-    logits = model(input_ids=ids).logits
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-    return (losses.view_as(labels).sum(dim=1) * weights).sum()
-
-
-def _twin_gradients(twin: Any, table: Any) -> dict[str, torch.Tensor]:
-    """By our names, whole: dA = sum over the fused parts, dB = the parts' rows behind one another."""
-    _reference_loss(twin).backward()
-    parameters = dict(twin.named_parameters())
-    gradients = {}
-    for row, layer in table.target_entries(SPEC.targets):
-        stem = row.name(layer).removesuffix("weight")
-        parts = ["base_model.model." + name.removesuffix("weight") for name in row.hf_names(layer)]
-        gradients[f"{stem}lora_A.default.weight"] = sum(parameters[f"{part}lora_A.default.weight"].grad for part in parts)
-        gradients[f"{stem}lora_B.default.weight"] = torch.cat([parameters[f"{part}lora_B.default.weight"].grad for part in parts])
-    return gradients
 
 
 def _forward_cell(folder: Path, tp_size: int, pp_size: int) -> torch.Tensor | None:
@@ -161,10 +122,10 @@ def test_logits_at_each_layout(pool: Any, folders: dict[str, Path], model: str, 
 def test_lora_gradients_equal_peft(pool: Any, folders: dict[str, Path], model: str, layout: str, fusion: bool) -> None:
     tp_size, pp_size, sequence_parallel = LAYOUTS[layout]
     engine = build_engine(folders[model])
-    twin = _peft_twin(folders[model], engine.table)
-    expected = _twin_gradients(twin, engine.table)
+    twin = peft_twin(_reference_model(folders[model]), engine.table)
+    expected = twin_gradients(twin, engine.table)
     results = pool.run(_gradient_cell, tp_size * pp_size, folders[model], tp_size, pp_size, sequence_parallel, fusion)
-    assert results[-1]["loss"].item() == pytest.approx(_reference_loss(twin).item(), rel=1e-5)
+    assert results[-1]["loss"].item() == pytest.approx(reference_loss(twin).item(), rel=1e-5)
     got = _whole_gradients(results, engine)
     assert got.keys() == expected.keys()
     for name, value in expected.items():
@@ -175,7 +136,7 @@ def test_lora_gradients_equal_peft(pool: Any, folders: dict[str, Path], model: s
 def test_full_gradients_equal_transformers(folders: dict[str, Path]) -> None:
     for model in ("qwen3", "qwen3-tied"):
         engine, reference = build_engine(folders[model]), _reference_model(folders[model])
-        _reference_loss(reference).backward()
+        reference_loss(reference).backward()
         expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
         PipelineRunner(engine.stages, engine.context).forward_backward(*batch(), micro_batch_size=2)
         for name, parameter in engine.stages[0].named_parameters():

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_helpers import SPEC, Engine, batch, build_engine
+from engine_helpers import SPEC, Engine, batch, build_engine, peft_twin, reference_loss, twin_gradients
 from helpers import make_model
 from pool import ProcessPool
 from training_helpers import losses, make_config, make_workspace, run_training, saved_parameters
@@ -72,20 +72,31 @@ def test_it_is_so_at_every_layout_and_cut_over_dp(pool: ProcessPool, folder: Pat
         assert found == expected and unequal == []
 
 
-def test_the_values_are_those_of_transformers_with_bitsandbytes(folder: Path, tmp_path: Path) -> None:
-    """``load_in_4bit`` quantises q, k, v, gate and up one by one; a block of 64 lies within a row, so fusing changes nothing."""
+def load_in_4_bits(folder: Path) -> Any:
+    """transformers with bitsandbytes' layers."""
     import transformers
-    from bitsandbytes.functional import dequantize_4bit
 
-    folder = make_model(tmp_path / "rows_of_whole_blocks", "qwen3", intermediate_size=128)  # bitsandbytes' CPU kernels want them
     settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     try:
-        reference: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=settings, device_map="cpu", dtype=torch.float32
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=settings, device_map="cpu", dtype=torch.float32, attn_implementation="eager"
         )
     except (ImportError, RuntimeError, ValueError) as error:
         pytest.skip(f"transformers does not load 4-bit models here: {error}")
-    engine = build_engine(folder, make_storage=lambda: BaseStorage(single_process_context(), Nf4(), False))
+
+
+@pytest.fixture(scope="module")
+def whole_blocks(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose rows are whole blocks of 64, as bitsandbytes' CPU kernels want them."""
+    return make_model(tmp_path_factory.mktemp("rows_of_whole_blocks"), "qwen3", intermediate_size=128)
+
+
+def test_the_values_are_those_of_transformers_with_bitsandbytes(whole_blocks: Path) -> None:
+    """``load_in_4bit`` quantises q, k, v, gate and up one by one; a block of 64 lies within a row, so fusing changes nothing."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    reference = load_in_4_bits(whole_blocks)
+    engine = build_engine(whole_blocks, make_storage=lambda: BaseStorage(single_process_context(), Nf4(), False))
     (stage,), compared = engine.stages, 0
     assert stage.storage is not None
     for layer in stage.storage.layers:
@@ -98,6 +109,21 @@ def test_the_values_are_those_of_transformers_with_bitsandbytes(folder: Path, tm
                 other, compared = dequantize_4bit(other.data, other.quant_state), compared + 1
             assert torch.equal(part, other), hf_name
     assert compared == 4 * 7
+
+
+@pytest.mark.parametrize("fusion", [True, False])
+def test_loss_and_gradients_are_those_of_pefts_qlora(whole_blocks: Path, fusion: bool) -> None:
+    """peft's ``Linear4bit`` over bitsandbytes': the same products in fp32, in another order (1e-7 a product, 4 layers; 4e-6 seen)."""
+    storage = BaseStorage(single_process_context(), Nf4(), False)
+    engine = build_engine(whole_blocks, None, SPEC, fusion, make_storage=lambda: storage)
+    twin = peft_twin(load_in_4_bits(whole_blocks), engine.table)
+    assert "Linear4bit" in repr(twin)
+    loss, found = step(engine)
+    assert loss == pytest.approx(float(reference_loss(twin)), rel=1e-5)
+    expected = twin_gradients(twin, engine.table)
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm()) <= 2e-5 * float(gradient.norm()), name
 
 
 def test_a_training_run_saves_an_adapter_that_goes_on(folder: Path, tmp_path: Path) -> None:

@@ -154,3 +154,10 @@ def test_a_later_flag_replaces_an_earlier_one() -> None:
 def test_every_machine_is_sensible() -> None:
     for machine in MACHINES:
         assert machine.usable_bytes < machine.memory_bytes and 0 < machine.matmul_share <= 1 and machine.link >= machine.network
+
+
+def test_a_pair_uses_one_link_of_a_mesh_and_all_of_a_switch() -> None:
+    mesh, switch = find_machine("atlas-900-a2"), find_machine("h100")
+    assert mesh.link_between(2, 2) == pytest.approx(mesh.link_share * 28e9) and mesh.link_between(8, 8) == mesh.link_share * mesh.link
+    assert switch.link_between(2, 2) == switch.link_between(8, 8) == switch.link_share * switch.link
+    assert mesh.link_between(2, 16) == mesh.link_share * mesh.network

@@ -60,7 +60,7 @@ def step_time(sizes: RunSizes, machine: Machine) -> StepTime:
         "recomputation": again / (machine.flops * machine.matmul_share),
         "norms, rotary, SwiGLU, loss": streams / (machine.bandwidth * machine.memory_share),
         "tensor parallel": _tensor_parallel(sizes, machine),
-        "pipeline transfers": 2 * _boundary(sizes) / _link(sizes.tp_size * sizes.pp_size, machine) if sizes.pp_size > 1 else 0.0,
+        "pipeline transfers": 2 * _boundary(sizes) / machine.link_between(2, sizes.tp_size * sizes.pp_size) if sizes.pp_size > 1 else 0.0,
     }
     if sizes.ep_size > 1:
         micro["experts' exchange"] = _exchange(sizes, machine)
@@ -87,17 +87,12 @@ def _boundary(sizes: RunSizes) -> float:
     return float(whole / (sizes.tp_size if sizes.sequence_parallel else 1))
 
 
-def _link(span: int, machine: Machine) -> float:
-    """Bytes/s that a group of ranks reaches which covers ``span`` neighbouring devices."""
-    return machine.link_share * (machine.link if span <= machine.devices else machine.network)
-
-
 def _tensor_parallel(sizes: RunSizes, machine: Machine) -> float:
     """4 collectives per column + row pair, two pairs a layer: each moves (t - 1)/t of [s, b, h] (an all-reduce counts as two)."""
     share = (sizes.tp_size - 1) / sizes.tp_size
     hidden = sizes.micro_batch_tokens * sizes.model.hidden_size * sizes.parameter_bytes
     collectives = 8 + 4 * _recomputed_share(sizes)
-    return sizes.layers_per_stage * collectives * share * hidden / _link(sizes.tp_size, machine)
+    return sizes.layers_per_stage * collectives * share * hidden / machine.link_between(sizes.tp_size, sizes.tp_size)
 
 
 def _exchange(sizes: RunSizes, machine: Machine) -> float:
@@ -108,7 +103,7 @@ def _exchange(sizes: RunSizes, machine: Machine) -> float:
     rows = experts.routing.top_k * sizes.micro_batch_tokens * sizes.expert_tp_size / sizes.tp_size
     ways = (4 + 2 * _recomputed_share(sizes)) * (sizes.ep_size - 1) / sizes.ep_size
     span = sizes.ep_size * sizes.expert_tp_size * sizes.pp_size  # neighbours on the data-parallel axis have all stages between them
-    return layers * ways * rows * sizes.model.hidden_size * sizes.parameter_bytes / _link(span, machine)
+    return layers * ways * rows * sizes.model.hidden_size * sizes.parameter_bytes / machine.link_between(sizes.ep_size, span)
 
 
 def _gather(sizes: RunSizes, machine: Machine) -> float:
@@ -118,7 +113,7 @@ def _gather(sizes: RunSizes, machine: Machine) -> float:
     counts = stage_parameters(sizes, sizes.pp_size - 1)
     held = NF4_BYTES if sizes.qlora else sizes.parameter_bytes
     moved = 2 * counts.layers * counts.layer_linear * held * (sizes.dp_size - 1) / sizes.dp_size
-    return moved / _link(sizes.world_size, machine)
+    return moved / machine.link_between(sizes.dp_size, sizes.world_size)
 
 
 def _decoding(sizes: RunSizes, machine: Machine) -> float:
@@ -132,6 +127,6 @@ def _reduction(sizes: RunSizes, machine: Machine) -> tuple[float, float]:
     """(fp32 gradients over DP, AdamW), once a step."""
     counts = stage_parameters(sizes, sizes.pp_size - 1)
     trained = counts.adapter if sizes.lora else counts.base
-    reduced = 2 * 4.0 * trained * (sizes.dp_size - 1) / sizes.dp_size / _link(sizes.world_size, machine)
+    reduced = 2 * 4.0 * trained * (sizes.dp_size - 1) / sizes.dp_size / machine.link_between(sizes.dp_size, sizes.world_size)
     own = owned_elements(sizes, counts) if sizes.sharded_optimizer else trained
     return reduced, _OPTIMIZER_BYTES * own / (machine.bandwidth * machine.memory_share)
