@@ -91,6 +91,37 @@ def alternate(sides: Mapping[str, Callable[[], float]], rounds: int = 5, warm_up
     return values
 
 
+def _busy_seconds() -> float:
+    """Time that all cores together have worked so far, for whichever process (Linux; in steps of 10 ms)."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def foreign_share(work: Callable[[], float]) -> tuple[float, float]:
+    """(what ``work`` returned, the part of all cores' time that other processes took meanwhile)."""
+    busy, own, start = _busy_seconds(), sum(os.times()[:4]), time.perf_counter()
+    value = work()
+    cores = (time.perf_counter() - start) * (os.cpu_count() or 1)
+    return value, max(0.0, _busy_seconds() - busy - (sum(os.times()[:4]) - own)) / cores
+
+
+def undisturbed(side: Callable[[], float], shares: list[float], limit: float = 0.04, patience: float = 30.0) -> Callable[[], float]:
+    """``side``, repeated while other processes took more than ``limit`` of the cores; after ``patience`` seconds the quietest try counts.
+
+    ``shares`` gets the foreign share of each value that counts. For a machine that is not this measurement's alone.
+    """
+
+    def quiet() -> float:
+        tries, end = [], time.perf_counter() + patience
+        while not tries or (tries[-1][1] > limit and time.perf_counter() < end):
+            tries.append(foreign_share(side))
+        value, share = min(tries, key=lambda one: one[1])
+        shares.append(share)
+        return value
+
+    return quiet
+
+
 def seconds(work: Callable[[], object], calls: int = 1) -> Callable[[], float]:
     """A side for :func:`alternate`: seconds per call of ``work``, the device's queue included."""
 

@@ -1,13 +1,15 @@
 """A LoRA training step on one CPU process: this engine against transformers + PEFT at its best, and against its own matrix products.
 
-    OMP_NUM_THREADS=2 python benchmarks/train_step_cpu.py
+    OMP_NUM_THREADS=2 python benchmarks/train_step_cpu.py                      # --dtype float32 or bfloat16: one of them
 
 Qwen3 60M (hidden 512, 8 layers, 8 heads, 4 query groups, head_dim 64, ffn 1536, vocabulary 32,000, untied), LoRA r 16 on all linears,
 2 rows of 256 random ids, every position trained, AdamW, clipping 1.0, in fp32 and in bf16. The other side runs with
-``autocast_adapter_dtype`` on and off, eager and under ``torch.compile``, with SDPA and eager attention; the fastest counts. Both sides
-start at the same loss. A is shared by q, k, v and by gate, up on our side (as in Megatron's fused layers) and separate on theirs, so
-ours has fewer LoRA parameters. The floor is the time of exactly the matrix products of our step (attention's left out), run alone on
-tensors of the same shapes, strides and dtypes. A CPU says nothing about an NPU.
+``autocast_adapter_dtype`` on and off, eager and under ``torch.compile``, with SDPA and eager attention; the fastest counts. Beside it
+stand TRL's ``SFTTrainer`` (its ``training_step`` and what its loop does after it) and our unfused layers. ``--full`` trains every
+parameter on both sides instead. All start at the same loss. A call during which other processes took more than 4 % of the cores is
+repeated, as the machine may not be this measurement's alone. A is shared by q, k, v and by gate, up on our side (as in Megatron's fused
+layers) and separate on theirs, so ours has fewer LoRA parameters. The floor is the time of exactly the matrix products of our step
+(attention's left out), run alone on tensors of the same shapes, strides and dtypes. A CPU says nothing about an NPU.
 """
 
 from __future__ import annotations
@@ -41,15 +43,15 @@ RATE = 1e-4
 Step = Callable[[Any], float]
 
 
-def peft_side(folder: Path, dtype: Any, autocast: bool, attention: str, compiled: bool) -> Step:
-    """A step of transformers + PEFT."""
+def peft_side(folder: Path, dtype: Any, autocast: bool, attention: str, compiled: bool, full: bool = False) -> Step:
+    """A step of transformers + PEFT; ``full``: of transformers alone."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=HF_TARGETS)
-    model = get_peft_model(base, lora, autocast_adapter_dtype=autocast).train()
+    model = base.train() if full else get_peft_model(base, lora, autocast_adapter_dtype=autocast).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE)
     run = torch.compile(model) if compiled else model
@@ -65,7 +67,41 @@ def peft_side(folder: Path, dtype: Any, autocast: bool, attention: str, compiled
     return step
 
 
-def our_side(folder: Path, dtype: Any) -> Step:
+def trl_side(folder: Path, dtype: Any) -> Step:
+    """A step of TRL's SFTTrainer, gradient checkpointing off."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype)
+    half = dtype == torch.bfloat16
+    words = dict(use_cpu=True, bf16=half, gradient_checkpointing=False, report_to=[], learning_rate=RATE, max_grad_norm=1.0)
+    config = SFTConfig(output_dir=str(folder / "trl"), per_device_train_batch_size=2, disable_tqdm=True, save_strategy="no", **words)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>", eos_token="<pad>"
+    )
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=HF_TARGETS)
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 2})
+    trainer = SFTTrainer(model=base, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # its loop sets it
+    model = trainer.model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step(ids: Any) -> float:
+        loss = trainer.training_step(model, {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})
+        trainer.accelerator.clip_grad_norm_(trained, 1.0)
+        trainer.optimizer.step()
+        model.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def our_side(folder: Path, dtype: Any, fusion: bool = True, full: bool = False) -> Step:
     """A step of this engine: stage, flat gradients, flat optimizer."""
     import torch
 
@@ -86,7 +122,8 @@ def our_side(folder: Path, dtype: Any) -> Step:
     assert base.config is not None
     context, table = single_process_context(), WeightTable(base.config)
     stages = build_stage_modules(base.config, context, dtype)
-    inject_lora(stages[0], table, LoraSpec(16, 32.0, LORA_TARGETS), context, fusion=True, seed=0)
+    if not full:
+        inject_lora(stages[0], table, LoraSpec(16, 32.0, LORA_TARGETS), context, fusion=fusion, seed=0)
     load_base(stages, base, table, context)
     layout = FlatLayout(trained_parameters(stages, table, context), context, False)
     flat = layout.flatten_parameters()
@@ -158,38 +195,53 @@ def timed(step: Step, batches: list[Any], losses: list[float]) -> Callable[[], f
     return side
 
 
-def measure(folder: Path, dtype: Any, rounds: int, batches: list[Any], compiled: bool) -> dict[str, Any]:
-    """Seconds per side, first losses, and the floor."""
+def steps_of(folder: Path, dtype: Any, compiled: bool, full: bool) -> dict[str, Step]:
+    """Every side, ours first."""
     import torch
 
-    ours = our_side(folder, dtype)
-    steps: dict[str, Step] = {"ours": ours}
+    if full:
+        steps = {"ours": our_side(folder, dtype, full=True)}
+        steps |= {f"transformers {kind}": peft_side(folder, dtype, True, kind, False, True) for kind in ("sdpa", "eager")}
+        return steps | ({"transformers sdpa compiled": peft_side(folder, dtype, True, "sdpa", True, True)} if compiled else {})
+    steps = {"ours": our_side(folder, dtype), "ours, unfused": our_side(folder, dtype, fusion=False)}
     for autocast in (True, False) if dtype != torch.float32 else (True,):
         word = f", autocast_adapter_dtype {autocast}" if dtype != torch.float32 else ""
         steps[f"peft sdpa{word}"] = peft_side(folder, dtype, autocast, "sdpa", False)
         steps[f"peft eager attention{word}"] = peft_side(folder, dtype, autocast, "eager", False)
         if compiled:
             steps[f"peft sdpa compiled{word}"] = peft_side(folder, dtype, autocast, "sdpa", True)
+    return steps | ({"trl SFTTrainer": trl_side(folder, dtype)} if common.package_version("trl") else {})
+
+
+def measure(folder: Path, dtype: Any, rounds: int, batches: list[Any], compiled: bool, full: bool, limit: float) -> dict[str, Any]:
+    """Seconds per side, what other processes took meanwhile, first losses, and the floor."""
+    import torch
+
+    steps = steps_of(folder, dtype, compiled, full)
     losses: dict[str, list[float]] = {name: [] for name in steps}
     sides = {name: timed(step, batches, losses[name]) for name, step in steps.items()}
-    sides["floor"] = torch.no_grad()(common.seconds(products_of(lambda: our_side(folder, dtype)(batches[0]))))
-    values = common.alternate(sides, rounds, 2)
-    return {"seconds": values, "first_loss": {name: series[0] for name, series in losses.items()}}
+    sides["floor"] = torch.no_grad()(common.seconds(products_of(lambda: our_side(folder, dtype, full=full)(batches[0]))))
+    for side in sides.values():  # compiles, and draws memory
+        side()
+    shares: dict[str, list[float]] = {name: [] for name in sides}
+    values = common.alternate({name: common.undisturbed(side, shares[name], limit) for name, side in sides.items()}, rounds, 0)
+    return {"seconds": values, "foreign": shares, "first_loss": {name: series[0] for name, series in losses.items()}}
 
 
 def table(name: str, result: dict[str, Any], tokens: int) -> list[list[object]]:
-    """Rows of the page: ours, the fastest other, every other, the floor."""
+    """Rows of the page: ours, every other with the fastest marked, the floor."""
     values = result["seconds"]
     middle = common.medians(values)
-    best = min((side for side in middle if side.startswith("peft")), key=lambda side: middle[side])
+    others = [side for side in middle if not side.startswith(("ours", "floor"))]
+    best = min(others, key=lambda side: middle[side])
     rows: list[list[object]] = []
     for side, seconds in middle.items():
-        faster = common.ratio(values, side, "ours") if side.startswith("peft") else ""
+        faster = f"{common.ratio(values, side, 'ours'):.3f}" if side not in ("ours", "floor") else ""
         mark = f"{side} (best)" if side == best else side
-        share = 100 * statistics.median(values["floor"]) / seconds
-        rows.append(
-            [name, mark, f"{1000 * seconds:.0f}", f"{tokens / seconds:.0f}", faster, f"{share:.0f} %", result["first_loss"].get(side, "")]
-        )
+        share = f"{100 * statistics.median(values['floor']) / seconds:.0f} %"
+        disturbed = f"{100 * max(result['foreign'][side]):.0f} %"
+        loss = f"{result['first_loss'][side]:.5f}" if side in result["first_loss"] else ""
+        rows.append([name, mark, f"{1000 * seconds:.0f}", f"{tokens / seconds:.0f}", faster, share, loss, disturbed])
     return rows
 
 
@@ -200,26 +252,31 @@ def main() -> None:
 
     made = common.parser(__doc__)
     made.add_argument("--no-compile", action="store_true", help="leave out torch.compile's sides, which take a minute to compile")
+    made.add_argument("--dtype", choices=("float32", "bfloat16"), help="measure this one alone, into a section of its own (default: both)")
+    made.add_argument("--full", action="store_true", help="train every parameter, in a section of its own")
     options = made.parse_args()
     warnings.filterwarnings("ignore")
     shape, length = (TINY, 16) if options.dry_run else (SHAPE, 256)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(shape["vocab_size"], (2, length), generator=generator) for _ in range(options.rounds + 2)]
     results, rows = {}, []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in [getattr(torch, name) for name in ([options.dtype] if options.dtype else ["float32", "bfloat16"])]:
         with tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(0)
             Qwen3ForCausalLM(Qwen3Config(**shape)).to(dtype).save_pretrained(folder)
             name = str(dtype).removeprefix("torch.")
-            results[name] = measure(Path(folder), dtype, options.rounds, batches, not (options.no_compile or options.dry_run))
+            compiled, limit = not (options.no_compile or options.dry_run), 1.0 if options.dry_run else 0.04
+            results[name] = measure(Path(folder), dtype, options.rounds, batches, compiled, options.full, limit)
         rows += table(name, results[name], 2 * length)
-    body = common.markdown(["dtype", "side", "ms", "tokens/s", "ours is faster by", "products' share", "first loss"], rows)
+    body = common.markdown(
+        ["dtype", "side", "ms", "tokens/s", "ours is faster by", "products' share", "first loss", "taken by others, at most"], rows
+    )
     if options.dry_run:
         print(body)
         return
-    common.write_results(
-        "train_step_cpu", "Training step on a CPU (`train_step_cpu.py`)", {"model": shape, **results}, body, options.output
-    )
+    own = [word for word in ("full" if options.full else "", options.dtype) if word]
+    title = ", ".join(["Training step on a CPU", *own]) + " (`train_step_cpu.py`)"
+    common.write_results("_".join(["train_step_cpu", *own]), title, {"model": shape, **results}, body, options.output)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,15 @@ def test_sides_take_turns_and_the_warm_up_is_left_out() -> None:
     assert common.ratio(values, "a", "b") == pytest.approx((4 / 3 + 5 / 6) / 2)
 
 
+def test_a_disturbed_call_is_repeated_until_it_is_quiet_or_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    disturbed = iter([(3.0, 0.5), (2.0, 0.3), (1.0, 0.01)])
+    monkeypatch.setattr(common, "foreign_share", lambda _side: next(disturbed))
+    shares: list[float] = []
+    assert common.undisturbed(lambda: 0.0, shares, limit=0.04)() == 1.0 and shares == [0.01]
+    disturbed = iter([(3.0, 0.5)])
+    assert common.undisturbed(lambda: 0.0, shares, limit=0.04, patience=0.0)() == 3.0 and shares == [0.01, 0.5]
+
+
 def test_a_section_replaces_itself_and_keeps_the_others() -> None:
     page = "# Results\n\nIntro.\n\n## One\n\nold\n\n## Two\n\nkept\n"
     once = common.replace_section(page, "One", "new")
