@@ -105,7 +105,7 @@ def foreign_share(work: Callable[[], float]) -> tuple[float, float]:
     return value, max(0.0, _busy_seconds() - busy - (sum(os.times()[:4]) - own)) / cores
 
 
-def undisturbed(side: Callable[[], float], shares: list[float], limit: float = 0.04, patience: float = 30.0) -> Callable[[], float]:
+def undisturbed(side: Callable[[], float], shares: list[float], limit: float = 0.04, patience: float = 4.0) -> Callable[[], float]:
     """``side``, repeated while other processes took more than ``limit`` of the cores; after ``patience`` seconds the quietest try counts.
 
     ``shares`` gets the foreign share of each value that counts. For a machine that is not this measurement's alone.
@@ -122,16 +122,20 @@ def undisturbed(side: Callable[[], float], shares: list[float], limit: float = 0
     return quiet
 
 
-def seconds(work: Callable[[], object], calls: int = 1) -> Callable[[], float]:
-    """A side for :func:`alternate`: seconds per call of ``work``, the device's queue included."""
+def seconds(work: Callable[[], object], calls: int = 1, clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
+    """A side for :func:`alternate`: seconds per call of ``work``, the device's queue included.
+
+    ``clock``: ``time.process_time`` counts the work of this process's threads, whatever else the machine does: to be used with one
+    thread, since threads that wait for each other may count as working.
+    """
 
     def side() -> float:
         wait()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(calls):
             work()
         wait()
-        return (time.perf_counter() - start) / calls
+        return (clock() - start) / calls
 
     return side
 

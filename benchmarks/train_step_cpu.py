@@ -7,13 +7,15 @@ Qwen3 60M (hidden 512, 8 layers, 8 heads, 4 query groups, head_dim 64, ffn 1536,
 ``autocast_adapter_dtype`` on and off, eager and under ``torch.compile``, with SDPA and eager attention; the fastest counts. Beside it
 stand TRL's ``SFTTrainer`` (its ``training_step`` and what its loop does after it) and our unfused layers. ``--full`` trains every
 parameter on both sides instead. All start at the same loss. A call during which other processes took more than 4 % of the cores is
-repeated, as the machine may not be this measurement's alone. A is shared by q, k, v and by gate, up on our side (as in Megatron's fused
+repeated, as the machine may not be this measurement's alone; where it never is, ``OMP_NUM_THREADS=1 ... --cpu-time`` counts the
+process's own CPU time. A is shared by q, k, v and by gate, up on our side (as in Megatron's fused
 layers) and separate on theirs, so ours has fewer LoRA parameters. The floor is the time of exactly the matrix products of our step
 (attention's left out), run alone on tensors of the same shapes, strides and dtypes. A CPU says nothing about an NPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -183,14 +185,14 @@ def products_of(step: Callable[[], object]) -> Callable[[], None]:
     return run
 
 
-def timed(step: Step, batches: list[Any], losses: list[float]) -> Callable[[], float]:
+def timed(step: Step, batches: list[Any], losses: list[float], clock: Callable[[], float]) -> Callable[[], float]:
     """Seconds of a step on the next batch; its loss goes into ``losses``."""
 
     def side() -> float:
         ids = batches[len(losses) % len(batches)]
-        start = time.perf_counter()
+        start = clock()
         losses.append(step(ids))
-        return time.perf_counter() - start
+        return clock() - start
 
     return side
 
@@ -213,18 +215,23 @@ def steps_of(folder: Path, dtype: Any, compiled: bool, full: bool) -> dict[str, 
     return steps | ({"trl SFTTrainer": trl_side(folder, dtype)} if common.package_version("trl") else {})
 
 
-def measure(folder: Path, dtype: Any, rounds: int, batches: list[Any], compiled: bool, full: bool, limit: float) -> dict[str, Any]:
+def measure(folder: Path, dtype: Any, batches: list[Any], options: argparse.Namespace) -> dict[str, Any]:
     """Seconds per side, what other processes took meanwhile, first losses, and the floor."""
     import torch
 
-    steps = steps_of(folder, dtype, compiled, full)
+    compiled = not (options.no_compile or options.dry_run)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    limit = 1.0 if options.dry_run or options.cpu_time else 0.04
+    steps = steps_of(folder, dtype, compiled, options.full)
     losses: dict[str, list[float]] = {name: [] for name in steps}
-    sides = {name: timed(step, batches, losses[name]) for name, step in steps.items()}
-    sides["floor"] = torch.no_grad()(common.seconds(products_of(lambda: our_side(folder, dtype, full=full)(batches[0]))))
+    sides = {name: timed(step, batches, losses[name], clock) for name, step in steps.items()}
+    sides["floor"] = torch.no_grad()(
+        common.seconds(products_of(lambda: our_side(folder, dtype, full=options.full)(batches[0])), clock=clock)
+    )
     for side in sides.values():  # compiles, and draws memory
         side()
     shares: dict[str, list[float]] = {name: [] for name in sides}
-    values = common.alternate({name: common.undisturbed(side, shares[name], limit) for name, side in sides.items()}, rounds, 0)
+    values = common.alternate({name: common.undisturbed(side, shares[name], limit) for name, side in sides.items()}, options.rounds, 0)
     return {"seconds": values, "foreign": shares, "first_loss": {name: series[0] for name, series in losses.items()}}
 
 
@@ -254,6 +261,7 @@ def main() -> None:
     made.add_argument("--no-compile", action="store_true", help="leave out torch.compile's sides, which take a minute to compile")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), help="measure this one alone, into a section of its own (default: both)")
     made.add_argument("--full", action="store_true", help="train every parameter, in a section of its own")
+    made.add_argument("--cpu-time", action="store_true", help="count this process's CPU time (on one thread), in a section of its own")
     options = made.parse_args()
     warnings.filterwarnings("ignore")
     shape, length = (TINY, 16) if options.dry_run else (SHAPE, 256)
@@ -265,8 +273,7 @@ def main() -> None:
             torch.manual_seed(0)
             Qwen3ForCausalLM(Qwen3Config(**shape)).to(dtype).save_pretrained(folder)
             name = str(dtype).removeprefix("torch.")
-            compiled, limit = not (options.no_compile or options.dry_run), 1.0 if options.dry_run else 0.04
-            results[name] = measure(Path(folder), dtype, options.rounds, batches, compiled, options.full, limit)
+            results[name] = measure(Path(folder), dtype, batches, options)
         rows += table(name, results[name], 2 * length)
     body = common.markdown(
         ["dtype", "side", "ms", "tokens/s", "ours is faster by", "products' share", "first loss", "taken by others, at most"], rows
@@ -274,9 +281,11 @@ def main() -> None:
     if options.dry_run:
         print(body)
         return
-    own = [word for word in ("full" if options.full else "", options.dtype) if word]
+    own = [word for word in ("full" if options.full else "", "CPU time" if options.cpu_time else "", options.dtype) if word]
     title = ", ".join(["Training step on a CPU", *own]) + " (`train_step_cpu.py`)"
-    common.write_results("_".join(["train_step_cpu", *own]), title, {"model": shape, **results}, body, options.output)
+    common.write_results(
+        "_".join(["train_step_cpu", *own]).replace(" ", "_").lower(), title, {"model": shape, **results}, body, options.output
+    )
 
 
 if __name__ == "__main__":
