@@ -1,6 +1,7 @@
 """One LoRA layer forward and backward: fused and unfused against the frozen layer, and the gradients' error against float64.
 
-    OMP_NUM_THREADS=2 python benchmarks/lora_layer.py                      # CPU: fp32 and bf16, 1024 x 1024 and 1024 x 3072
+    OMP_NUM_THREADS=2 python benchmarks/lora_layer.py                      # CPU: fp32 and bf16, 1024 x 1024 to 2048 x 2048
+    OMP_NUM_THREADS=1 python benchmarks/lora_layer.py --cpu-time           # on a machine that is not this measurement's alone
     python benchmarks/lora_layer.py --device cuda                          # bf16, 8192 tokens, 4096 x 4096 and 4096 x 12288
 
 The roofline counts FLOPs, the frozen layer's two products and LoRA's six: 1 + 3 r (in + out) / (2 in out).
@@ -9,6 +10,7 @@ The roofline counts FLOPs, the frozen layer's two products and LoRA's six: 1 + 3
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +62,7 @@ def worst_error(layer: Any, x: Any, dy: Any) -> float:
     got = layer(x)
     got.backward(dy)
     pairs = ((got, want), (x.grad, wide.grad), (layer.lora_A["default"].weight.grad, a.grad), (layer.lora_B["default"].weight.grad, b.grad))
-    return max(float((one.double() - other).norm() / other.norm()) for one, other in pairs)
+    return max(float(((one.double() - other).norm() / other.norm()).detach()) for one, other in pairs)
 
 
 def main() -> None:
@@ -69,8 +71,12 @@ def main() -> None:
 
     made = common.parser(__doc__)
     made.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    made.add_argument("--cpu-time", action="store_true", help="count this process's CPU time (on one thread), in a section of its own")
     options = made.parse_args()
-    shapes, tokens = ([(4096, 4096), (4096, 12288)], 8192) if options.device == "cuda" else ([(1024, 1024), (1024, 3072)], 2048)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    shapes, tokens = (
+        ([(4096, 4096), (4096, 12288)], 8192) if options.device == "cuda" else ([(1024, 1024), (1024, 3072), (2048, 2048)], 2048)
+    )
     if options.dry_run:
         shapes, tokens = [(64, 64)], 128
     rows: list[list[object]] = []
@@ -78,12 +84,12 @@ def main() -> None:
         for in_size, out_size in shapes:
             layer, x, dy = build(options.device, dtype, in_size, out_size, tokens)
             layer.fusion = False
-            unfused, unfused_error = common.seconds(passes(layer, x, dy)), worst_error(layer, x, dy)
+            unfused, unfused_error = common.seconds(passes(layer, x, dy), clock=clock), worst_error(layer, x, dy)
             fused_layer, _, _ = build(options.device, dtype, in_size, out_size, tokens)
             fused_layer.fusion = True
             error = worst_error(fused_layer, x, dy)
-            sides = {"frozen": common.seconds(passes(layer.base_layer, x, dy)), "unfused": unfused}
-            sides["fused"] = common.seconds(passes(fused_layer, x, dy))
+            sides = {"frozen": common.seconds(passes(layer.base_layer, x, dy), clock=clock), "unfused": unfused}
+            sides["fused"] = common.seconds(passes(fused_layer, x, dy), clock=clock)
             values = common.alternate(sides, options.rounds, 2)
             roof = 1 + 3 * RANK * (in_size + out_size) / (2 * in_size * out_size)
             ratios = [common.ratio(values, side, "frozen") for side in ("fused", "unfused")]
@@ -94,9 +100,9 @@ def main() -> None:
     if options.dry_run:
         print(body)
         return
-    common.write_results(
-        f"lora_layer_{options.device}", f"LoRA layer, {options.device} (`lora_layer.py`)", {"rows": rows}, body, options.output
-    )
+    own = f"{options.device}{', CPU time' if options.cpu_time else ''}"
+    name = f"lora_layer_{options.device}{'_cpu_time' if options.cpu_time else ''}"
+    common.write_results(name, f"LoRA layer, {own} (`lora_layer.py`)", {"rows": rows}, body, options.output)
 
 
 if __name__ == "__main__":

@@ -113,17 +113,18 @@ def test_the_values_are_those_of_transformers_with_bitsandbytes(whole_blocks: Pa
 
 @pytest.mark.parametrize("fusion", [True, False])
 def test_loss_and_gradients_are_those_of_pefts_qlora(whole_blocks: Path, fusion: bool) -> None:
-    """peft's ``Linear4bit`` over bitsandbytes': the same products in fp32, in another order (1e-7 a product, 4 layers; 4e-6 seen)."""
+    """peft's ``Linear4bit`` over bitsandbytes' in training (its CPU kernel for inference multiplies in bf16, 0.5 % away); 1.3e-6 seen."""
     storage = BaseStorage(single_process_context(), Nf4(), False)
     engine = build_engine(whole_blocks, None, SPEC, fusion, make_storage=lambda: storage)
-    twin = peft_twin(load_in_4_bits(whole_blocks), engine.table)
-    assert "Linear4bit" in repr(twin)
+    twin = peft_twin(load_in_4_bits(whole_blocks), engine.table).train()
+    assert "lora.Linear4bit" in repr(twin)
     loss, found = step(engine)
-    assert loss == pytest.approx(float(reference_loss(twin)), rel=1e-5)
+    assert loss == pytest.approx(float(reference_loss(twin).detach()), rel=1e-6)
     expected = twin_gradients(twin, engine.table)
     assert set(found) == set(expected)
     for name, gradient in expected.items():
-        assert float((found[name] - gradient).norm()) <= 2e-5 * float(gradient.norm()), name
+        whole = torch.cat(engine.table.unshard(engine.table.lora_row(name), [found[name]]))
+        assert float((whole - gradient).norm()) <= 5e-6 * float(gradient.norm()), name
 
 
 def test_a_training_run_saves_an_adapter_that_goes_on(folder: Path, tmp_path: Path) -> None:
