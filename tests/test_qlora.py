@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engine_helpers import SPEC, Engine, batch, build_engine, peft_twin, reference_loss, twin_gradients
-from helpers import make_model
+from helpers import make_model, weights_in
 from pool import ProcessPool
 from training_helpers import losses, make_config, make_workspace, run_training, saved_parameters
 
@@ -79,7 +79,7 @@ def load_in_4_bits(folder: Path) -> Any:
     settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=settings, device_map="cpu", dtype=torch.float32, attn_implementation="eager"
+            folder, quantization_config=settings, device_map="cpu", attn_implementation="eager", **weights_in(torch.float32)
         )
     except (ImportError, RuntimeError, ValueError) as error:
         pytest.skip(f"transformers does not load 4-bit models here: {error}")
