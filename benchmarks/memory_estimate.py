@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/memory_estimate.py            # CPU: the allocator's events (allocated.py)
     python benchmarks/memory_estimate.py --device cuda                # torch.cuda.max_memory_allocated
+    python benchmarks/memory_estimate.py --experts                    # models with experts, LoRA on each of them
 
 Weights hold one value (their size matters, not their content); one step of the real engine: forward, backward, clipping, AdamW.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import common
@@ -25,11 +26,16 @@ from engine import build_stage, step_of  # noqa: E402
 from mindspeed_lora.arguments.configs import LORA_TARGETS, RecomputeFlags  # noqa: E402
 from mindspeed_lora.training.memory import GIB, estimate  # noqa: E402
 from mindspeed_lora.training.sizes import RunSizes  # noqa: E402
-from mindspeed_lora.weights.config import ModelConfig  # noqa: E402
+from mindspeed_lora.weights.config import ExpertShape, ModelConfig, Routing  # noqa: E402
 from mindspeed_lora.weights.lora_spec import LoraSpec  # noqa: E402
 
 GIB_MODEL = ModelConfig("qwen3", 2048, 6144, 8, 16, 8, 128, 32000, 32000, 1e-6, 1e6, qk_layernorm=True)  # 1.0 GiB in bf16
 SMALL = ModelConfig("llama", 256, 768, 4, 4, 2, 64, 2048, 2048, 1e-6, 1e6)
+ROUTED = ExpertShape(64, 384, routing=Routing(8, normalize=True))
+GIB_EXPERTS = ModelConfig("qwen3_moe", 1024, 3072, 8, 16, 4, 64, 32000, 32000, 1e-6, 1e6, qk_layernorm=True, experts=ROUTED)  # 1.3 GiB
+SMALL_EXPERTS = replace(
+    GIB_EXPERTS, hidden_size=128, num_layers=2, vocab_size=2048, padded_vocab_size=2048, experts=replace(ROUTED, count=16)
+)
 UNIFORM, BLOCK, SELECTIVE = RecomputeFlags("full", "uniform", 1), RecomputeFlags("full", "block", 4), RecomputeFlags("selective")
 LORA = LoraSpec(16, 32.0, LORA_TARGETS)
 
@@ -61,6 +67,12 @@ CASES = (
     Case(True, "float32", RecomputeFlags(), 1, 512, 2),
     Case(False, "bfloat16", RecomputeFlags(), 1, 512),
     Case(False, "bfloat16", UNIFORM, 2, 256),
+)
+EXPERT_CASES = (
+    Case(True, "bfloat16", RecomputeFlags(), 1, 512),
+    Case(True, "bfloat16", UNIFORM, 1, 1024),
+    Case(True, "float32", RecomputeFlags(), 1, 256),
+    Case(False, "bfloat16", RecomputeFlags(), 1, 256),
 )
 
 
@@ -118,11 +130,13 @@ def main() -> int:
     """Measure every case, print and write the table."""
     parser = common.parser(__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--experts", action="store_true", help="models with experts")
     options = parser.parse_args()
     device = torch.device(options.device)
-    model = SMALL if options.dry_run else GIB_MODEL
+    cases, models = (EXPERT_CASES, (GIB_EXPERTS, SMALL_EXPERTS)) if options.experts else (CASES, (GIB_MODEL, SMALL))
+    model = models[options.dry_run]
     results: list[dict[str, Any]] = []
-    for case in CASES[:2] if options.dry_run else CASES:
+    for case in cases[:2] if options.dry_run else cases:
         parts = estimate(sizes_of(case, model, device), 0)
         peak = allocated_peak(case, model, device)
         error = parts["total"] / peak - 1
@@ -138,7 +152,8 @@ def main() -> int:
     if options.dry_run:
         print(body)
     else:
-        name, title = f"memory_estimate_{device.type}", f"Memory estimate, {device.type} (`memory_estimate.py`)"
+        words = (" with experts", "_experts") if options.experts else ("", "")
+        name, title = f"memory_estimate{words[1]}_{device.type}", f"Memory estimate{words[0]}, {device.type} (`memory_estimate.py`)"
         common.write_results(name, title, {"results": results}, body, options.output)
     return 0 if options.dry_run or worst <= 0.1 else 1
 

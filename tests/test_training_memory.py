@@ -60,3 +60,20 @@ def test_the_total_is_what_torch_allocates(lora: bool, dtype: str, recompute: Re
     device = torch.device("cpu")
     total = estimate(memory_estimate.sizes_of(case, memory_estimate.SMALL, device), 0)["total"]
     assert total == pytest.approx(memory_estimate.allocated_peak(case, memory_estimate.SMALL, device), rel=0.15)
+
+
+@pytest.mark.parametrize(("lora", "dtype"), [(True, "bfloat16"), (True, "float32"), (False, "bfloat16")])
+def test_the_total_with_experts_is_what_torch_allocates(lora: bool, dtype: str) -> None:
+    case = memory_estimate.Case(lora, dtype, RecomputeFlags(), 1, 512)
+    model, device = memory_estimate.SMALL_EXPERTS, torch.device("cpu")
+    total = estimate(memory_estimate.sizes_of(case, model, device), 0)["total"]
+    assert total == pytest.approx(memory_estimate.allocated_peak(case, model, device), rel=0.1)
+
+
+def test_what_experts_keep_is_cut_as_they_are() -> None:
+    """A rank with uncut experts (expert TP 1) gets its part of the rows; attention's adapters alone keep no linear's input."""
+    whole = RunSizes(memory_estimate.GIB_EXPERTS, memory_estimate.LORA, 2, tp_size=2, length=128)
+    uncut = dataclasses.replace(whole, ep_size=2, expert_tensor_parallel_size=1)
+    attention = dataclasses.replace(whole, lora=LoraSpec(16, 32.0, ("linear_qkv", "linear_proj")))
+    kept = [estimate(sizes, 0)["activations"] for sizes in (whole, uncut, attention)]
+    assert kept[1] < 0.7 * kept[0] and kept[2] < 0.7 * kept[0]

@@ -49,7 +49,7 @@ class GroupedLora(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = products.matmul(wide, weight, groups)
             grad_x = products.add_matmul(grad_x, grad_u, a, groups).to(x.dtype)
-        grad_a = products.outer(grad_u, x.to(grad_u.dtype), groups).to(a.dtype)
+        grad_a = products.outer(grad_u, x, groups).to(a.dtype)
         return grad_x, None, grad_a, grad_b, None, None, None
 
 

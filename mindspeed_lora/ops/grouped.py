@@ -61,7 +61,7 @@ class RowGroups:
 
 
 class Products(Protocol):
-    """See the module's tables. Factors of one dtype, but that rows may be what ``widen`` made of them."""
+    """See the module's tables. Factors of one dtype, but that the first may be what ``widen`` made of it."""
 
     name: str
 
@@ -78,7 +78,7 @@ class Products(Protocol):
         ...
 
     def outer(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
-        """y ``[n, p]``, x ``[n, q]`` -> ``[E, p, q]``."""
+        """y ``[n, p]``, x ``[n, q]`` -> ``[E, p, q]`` in y's dtype."""
         ...
 
 
@@ -108,7 +108,7 @@ class Sequential:
         """See the protocol."""
         result = y.new_empty(len(groups.lengths), y.shape[1], x.shape[1])
         for length, left, right, out in zip(groups.lengths, groups.split(y), groups.split(x), result, strict=True):
-            torch.mm(left.t(), right, out=out) if length else out.zero_()
+            torch.mm(left.t(), right.to(left.dtype), out=out) if length else out.zero_()
         return result
 
 
@@ -148,7 +148,7 @@ class TorchGrouped:
         """See the protocol."""
         if not x.shape[0]:
             return y.new_zeros(len(groups.counts), y.shape[1], x.shape[1])
-        return _grouped_mm(_aligned(y).t(), _aligned(x), groups.ends).masked_fill_(groups.empty, 0)
+        return _grouped_mm(_aligned(y).t(), _aligned(x.to(y.dtype)), groups.ends).masked_fill_(groups.empty, 0)
 
 
 def _grouped_mm(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = products.matmul(wide, weight, groups).to(dy.dtype)
         if x is not None:
-            grad_weight = products.outer(wide, x.to(wide.dtype), groups).to(weight.dtype)
+            grad_weight = products.outer(wide, x, groups).to(weight.dtype)
         return grad_x, grad_weight, None, None
 
 

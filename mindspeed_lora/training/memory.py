@@ -16,6 +16,7 @@ from mindspeed_lora.ops.nf4 import BYTES_PER_VALUE as NF4_BYTES
 from mindspeed_lora.parallel.cross_entropy import CHUNK_TOKENS, block_columns
 from mindspeed_lora.training.optimizer import optimizer_bytes
 from mindspeed_lora.training.sizes import RunSizes, StageParameters, stage_parameters
+from mindspeed_lora.weights.config import ExpertShape
 
 GIB, MIB = float(1 << 30), float(1 << 20)
 Parts = Mapping[str, float]
@@ -99,8 +100,8 @@ def layer_bytes_per_token(sizes: RunSizes) -> float:
     outside = tp if sizes.sequence_parallel else 1  # what lies between the cut matrices
     heads, groups = model.num_attention_heads, model.num_query_groups
     hidden, queries, keys = model.hidden_size, heads * model.kv_channels, groups * model.kv_channels
-    total = 2 * (2 * width * hidden + 4) / outside  # each norm: input, 1/rms; and its output, which the linear keeps
-    total += 4 * product * (sizes.lora.widest if sizes.lora else 0)  # u = x A^T of the four linears
+    total = (3 * width * hidden + 8) / outside  # each norm: input, 1/rms; and the attention's output, which the linear keeps
+    total += 2 * product * _rank(sizes)  # u = x A^T of the attention's linears
     if model.qk_layernorm:
         total += (width * queries + 4 * (heads + groups)) / tp  # a contiguous copy of the queries; 1/rms
     separate = sizes.widened
@@ -109,8 +110,44 @@ def layer_bytes_per_token(sizes: RunSizes) -> float:
     total += product * (queries + keys + (keys if separate else 0)) / tp  # rotated query and key, and a widened value
     total += (product * queries + 4 * heads) / tp  # attention's output and log-sum-exp
     total += width * queries / tp if separate else 0  # its output, narrowed again for linear_proj
-    total += 3 * width * model.ffn_per_token / tp  # [gate | up], and their product for linear_fc2
-    return total
+    return total + _mlp_bytes_per_token(sizes)
+
+
+def _rank(sizes: RunSizes) -> int:
+    return sizes.lora.widest if sizes.lora else 0
+
+
+def _mlp_bytes_per_token(sizes: RunSizes) -> float:
+    """The MLP's part of it, without its norm's own; of a model whose layers differ, the average."""
+    model, width, outside = sizes.model, sizes.parameter_bytes, sizes.tp_size if sizes.sequence_parallel else 1
+
+    def dense(ffn: int) -> float:
+        """The norm's output, which linear_fc1 keeps; u of two linears; [gate | up], and their product for linear_fc2."""
+        low_rank = 2 * (4 if sizes.widened else width) * _rank(sizes)
+        return width * model.hidden_size / outside + low_rank + 3 * width * ffn / sizes.tp_size
+
+    if model.experts is None:
+        return dense(model.ffn_hidden_size)
+    shape, first = model.experts, len(model.experts.dense_layers) / model.num_layers
+    shared = dense(shape.shared_ffn_hidden_size) + width * model.hidden_size * shape.shared_gate if shape.shared_ffn_hidden_size else 0.0
+    return first * dense(model.ffn_hidden_size) + (1 - first) * (_routed_bytes_per_token(sizes, shape) + shared)
+
+
+def _expert_rows(sizes: RunSizes, shape: ExpertShape) -> float:
+    """Rows of this rank's experts per token, where the router spreads tokens evenly."""
+    return shape.routing.top_k * sizes.expert_tp_size / sizes.tp_size
+
+
+def _routed_bytes_per_token(sizes: RunSizes, shape: ExpertShape) -> float:
+    """Per row: [gate | up], the result that its weight scales, and what adapters or trained weights keep: each linear's input, u.
+
+    Per token: the router's scores and, for each of its experts, weight, number and places (fp32 and int64).
+    """
+    hidden, width, ffn = sizes.model.hidden_size, sizes.parameter_bytes, shape.ffn_hidden_size / sizes.expert_tp_size
+    low_rank, row = (4 if sizes.widened else width) * _rank(sizes), width * (2 * ffn + hidden)
+    for module, size in (("linear_fc1", hidden), ("linear_fc2", ffn)):
+        row += width * size + low_rank if sizes.lora is None or module in sizes.lora.targets else 0
+    return _expert_rows(sizes, shape) * row + 4 * shape.count + 32 * shape.routing.top_k
 
 
 def _receive_buffers(sizes: RunSizes, device_bytes: float | None) -> float:
@@ -144,10 +181,20 @@ def _loss_head(sizes: RunSizes) -> float:
 
 
 def _layer_backward(sizes: RunSizes, counts: StageParameters) -> float:
-    """Gradients inside the MLP: of the product, of [gate | up] and, widened, once more; and a trained weight's before it is added."""
-    width, ffn = sizes.parameter_bytes, sizes.model.ffn_per_token / sizes.tp_size
-    gradients = sizes.micro_batch_tokens * ffn * (3 * width + (2 * 4 if sizes.widened else 0))
-    return gradients + (0 if sizes.lora else counts.largest * sizes.parameter_bytes)
+    """Gradients inside the MLP: of the product, of [gate | up] and, widened, once more; and a trained weight's before it is added.
+
+    Of routed experts: the rows' gradient and its product with the results or, widened, it and a linear's two sides in fp32, less what
+    is free by then.
+    """
+    width, shape, tokens = sizes.parameter_bytes, sizes.model.experts, sizes.micro_batch_tokens
+    ffn = sizes.model.ffn_hidden_size if shape is None or shape.dense_layers else shape.shared_ffn_hidden_size
+    gradients = tokens * ffn / sizes.tp_size * (3 * width + (2 * 4 if sizes.widened else 0))
+    if shape is not None:
+        hidden, expert_ffn = sizes.model.hidden_size, shape.ffn_hidden_size / sizes.expert_tp_size
+        row = 4 * hidden + 6 * expert_ffn if sizes.widened else 2 * width * hidden
+        gradients = max(gradients, tokens * _expert_rows(sizes, shape) * row)
+    trained = 0 if sizes.lora else counts.largest * (width + (4 if shape is not None and sizes.widened else 0))
+    return gradients + trained
 
 
 def describe(parts: Parts) -> str:

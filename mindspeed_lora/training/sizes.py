@@ -164,7 +164,7 @@ def stage_parameters(sizes: RunSizes, pp_rank: int) -> StageParameters:
         layer_linear=sum(local(row) for row in layer_rows if row.module),
         layer_adapter=sum(local(row, r) for row in pairs),
         layers=sizes.layers_per_stage,
-        largest=max(local(row) for row in present),
+        largest=max(local(row) * (1 if row.expert is None else count) for row in present),  # a rank's experts are one tensor
         expert_base=sizes.layers_per_stage * sum(local(row) for row in of_experts(layer_rows)),
         expert_adapter=sizes.layers_per_stage * sum(local(row, r) for row in of_experts(pairs)),
     )
