@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import ROOT
@@ -41,7 +42,21 @@ MORE = {"qwen3": ("data_convert_qwen3_pairwise", "dpo_qwen3_8b_4K_lora_ptd")}
 LEFT_OUT = {"deepseek3": ("tune_deepseek3_671b_4K_full_ptd",)}  # what one asks for that in earnest has a script of his own
 VARIABLES = (
     *("CKPT_LOAD_DIR", "CKPT_SAVE_DIR", "DATA_PATH", "OUTPUT_PREFIX", "TOKENIZER_PATH", "CHECKPOINT", "CHECKPOINT_LORA", "TASK", "WORKERS"),
-    *("TP", "PP", "EP", "NPUS_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "SMOKE", "SMOKE_TP", "SMOKE_PP", "SMOKE_EP"),
+    *(
+        "TP",
+        "PP",
+        "EP",
+        "ETP",
+        "NPUS_PER_NODE",
+        "NNODES",
+        "NODE_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "SMOKE",
+        "SMOKE_TP",
+        "SMOKE_PP",
+        "SMOKE_EP",
+    ),
 )
 
 
@@ -110,6 +125,32 @@ def test_defaults_parse_and_the_exit_code_is_the_programs(
         assert config.tasks == ("chat",)
 
 
+@pytest.mark.parametrize("family", MODELS)
+def test_the_real_model_fits_at_the_scripts_layout(
+    family: str,
+    tmp_path: Path,
+    fake_python: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The sizes that the script gives are config.json's, and 64 GB devices are enough: 8, of DeepSeek-V3 64."""
+    model = tmp_path / "model_from_hf" / f"{family}_hf"
+    model.mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "fixtures" / "configs" / f"{family}.json", model / "config.json")
+    monkeypatch.chdir(tmp_path)
+    words = words_of(family, f"tune_{MODELS[family]}_4K_lora_ptd", tmp_path, fake_python, CKPT_LOAD_DIR=str(model))
+    devices = 8 * int(words[words.index("--nnodes") + 1])
+    assert main(*append(command_of(words), "--dry-run", "--dry-run-machine", "atlas-900-a2", "--dry-run-devices", str(devices))) == 0
+    output = capsys.readouterr().out + caplog.text  # where the log goes depends on who set it up first
+    assert "\nfits: " in output, output
+
+
+def append(command: tuple[str, list[str]], *words: str) -> tuple[str, list[str]]:
+    """The same command with more arguments."""
+    return command[0], [*command[1], *words]
+
+
 def test_environment_reaches_torchrun_and_the_program(tmp_path: Path, fake_python: Path) -> None:
     places = dict(CKPT_LOAD_DIR="base", CKPT_SAVE_DIR="adapter", DATA_PATH="tokens", TOKENIZER_PATH="tok")
     machines = dict(NPUS_PER_NODE="4", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.1.2.3", MASTER_PORT="6123")
@@ -156,6 +197,9 @@ def test_smoke_names_the_families_and_overwrites_nothing(tmp_path: Path) -> None
     assert result.returncode == 2 and "there is there already" in result.stderr
 
 
+ONE_PROCESS = {"SMOKE": "1", "SMOKE_PP": "1", "SMOKE_EP": "1", "NPUS_PER_NODE": "1"}
+
+
 @dataclass(frozen=True)
 class Steps:
     """A family's small model in a folder, where its scripts look for the real one; their commands run in this process."""
@@ -167,7 +211,7 @@ class Steps:
     def run(self, name: str, *arguments: str, **variables: str) -> str:
         """What the command of a script prints at SMOKE=1 in one process; exit code 0 required."""
         name = name.format(family=self.family, model=MODELS[self.family])
-        words = words_of(self.family, name, self.folder, self.python, *arguments, SMOKE="1", SMOKE_PP="1", NPUS_PER_NODE="1", **variables)
+        words = words_of(self.family, name, self.folder, self.python, *arguments, **ONE_PROCESS, **variables)
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(*command_of(words))
@@ -188,15 +232,16 @@ def steps(request: pytest.FixtureRequest, tmp_path: Path, fake_python: Path, mon
     return Steps(request.param, tmp_path, fake_python)
 
 
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek2_lite", "deepseek3")
-RUN = [family for family in MODELS if family != "qwen3"]  # it runs below, in processes of its own
+FAST = ("mixtral", "qwen2_moe", "deepseek2_lite", "deepseek3")
+BASH = "qwen3_moe"  # in processes of its own, with experts dealt out over them
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [family if family in EXPERTS else pytest.param(family, marks=pytest.mark.slow) for family in RUN],
-    indirect=True,
-)
+def slow_but(fast: tuple[str, ...]) -> list[Any]:
+    """All families, those that are not ``fast`` marked slow."""
+    return [family if family in fast else pytest.param(family, marks=pytest.mark.slow) for family in MODELS]
+
+
+@pytest.mark.parametrize("steps", slow_but(FAST), indirect=True)
 def test_the_steps_of_a_family(steps: Steps) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -221,7 +266,7 @@ def test_preference_pairs(steps: Steps) -> None:
     assert (steps.latest("dpo") / "peft" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("family", ["qwen3", *(pytest.param(family, marks=pytest.mark.slow) for family in RUN)])
+@pytest.mark.parametrize("family", slow_but((BASH,)))
 def test_smoke_runs_all_scripts_in_processes_of_their_own(family: str, tmp_path: Path) -> None:
     port = str(20000 + os.getpid() % 20000)
     result = run_bash(FOLDER / "smoke.sh", tmp_path, family, "made", MASTER_PORT=port)

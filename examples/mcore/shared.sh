@@ -6,7 +6,8 @@
 #   PROMPT_TYPE    template of its chat model
 #   MODEL_ARGS     its sizes, as MindSpeed-LLM's scripts give them
 #   LORA_TARGETS   what the adapter adapts, if not attention and MLPs
-#   TP, PP, EP     layout, if not 1, 2, 1
+#   TP, PP, EP     layout, if not 1, 2, 1; ETP: expert tensor parallel size, if not TP's
+#   FULL_ARGS      what full-parameter training needs beside all that
 #
 # README.md beside this file has the variables of a call. Relative paths are relative to the folder that you call a script from;
 # logs go to ./logs there. With SMOKE=1 a step takes seconds on a CPU: see smoke.sh.
@@ -36,7 +37,12 @@ LORA_ARGS=(--lora-r 16 --lora-alpha 32 --lora-target-modules ${LORA_TARGETS:-lin
 if [[ -n "${SMOKE:-}" ]]; then # a small model of the family lies where the real one would; its sizes are in its config.json
     MODEL_ARGS=(--use-mcore-models --device cpu)
     NPUS_PER_NODE="${NPUS_PER_NODE:-2}"
-    TP="${SMOKE_TP:-1}" PP="${SMOKE_PP:-2}" EP="${SMOKE_EP:-1}"
+    if ((${EP:-1} > 1)); then
+        EP=2 PP=1
+    else
+        EP=1 PP=2
+    fi
+    TP="${SMOKE_TP:-1}" PP="${SMOKE_PP:-$PP}" EP="${SMOKE_EP:-$EP}" ETP=
     PROMPT_TYPE=qwen3 # its tokenizer is the quickstart's
     WORKERS=1
     LENGTH_ARGS=(--seq-length 128 --train-iters 3 --global-batch-size 4 --save-interval 3)
@@ -49,6 +55,11 @@ else
 fi
 TP="${TP:-1}" PP="${PP:-2}" EP="${EP:-1}"
 PARALLEL_ARGS=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --expert-model-parallel-size "$EP")
+TARGET_ARGS=(--target-tensor-parallel-size "$TP" --target-pipeline-parallel-size "$PP" --target-expert-parallel-size "$EP")
+if [[ -n "${ETP:-}" ]]; then
+    PARALLEL_ARGS+=(--expert-tensor-parallel-size "$ETP")
+    TARGET_ARGS+=(--expert-tensor-parallel-size "$ETP")
+fi
 
 # run_logged COMMAND...: shows the command, runs it, copies its output to logs/, returns its own exit code.
 run_logged() {
@@ -85,9 +96,7 @@ convert_hf2mcore() {
         --load-model-type hf \
         --save-model-type mg \
         --model-type-hf "$MODEL_TYPE_HF" \
-        --target-tensor-parallel-size "$TP" \
-        --target-pipeline-parallel-size "$PP" \
-        --target-expert-parallel-size "$EP" \
+        "${TARGET_ARGS[@]}" \
         --load-dir "${CKPT_LOAD_DIR:-$HF_DIR}" \
         --save-dir "${CKPT_SAVE_DIR:-$MCORE_DIR}" \
         "$@"
@@ -195,6 +204,7 @@ tune_full() {
         --save "${CKPT_SAVE_DIR:-./ckpt/${MODEL}-full}" \
         --data-path "${DATA_PATH:-./finetune_dataset/alpaca}" \
         --lr 1.25e-6 --min-lr 1.25e-7 --lr-warmup-fraction 0.01 \
+        ${FULL_ARGS[@]+"${FULL_ARGS[@]}"} \
         "$@"
 }
 
@@ -214,7 +224,8 @@ dpo_lora() {
 # ---- Step 4: ask
 
 ask() { # ARGUMENTS...
-    NPUS_PER_NODE="${NPUS_PER_NODE:-$((TP * PP * EP))}"
+    local replica=$((TP * PP > EP * ${ETP:-$TP} * PP ? TP * PP : EP * ${ETP:-$TP} * PP)) # one copy of the model
+    NPUS_PER_NODE="${NPUS_PER_NODE:-$((replica < 8 ? replica : 8))}"
     run_distributed inference.py \
         "${MODEL_ARGS[@]}" \
         "${PARALLEL_ARGS[@]}" \

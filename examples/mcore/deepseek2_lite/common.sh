@@ -4,7 +4,7 @@ FAMILY=deepseek2_lite
 MODEL=deepseek2-lite-16b
 MODEL_TYPE_HF=deepseek2-lite
 PROMPT_TYPE=deepseek2-lite
-PP="${PP:-1}" # 27 layers
+EP="${EP:-8}" PP="${PP:-1}"
 
 # The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
 MODEL_ARGS=(
@@ -22,6 +22,7 @@ MODEL_ARGS=(
     --qk-head-dim 128
     --qk-pos-emb-head-dim 64
     --v-head-dim 128
+    --moe-grouped-gemm
     --num-experts 64
     --moe-router-topk 6
     --moe-intermediate-size 1408
@@ -33,5 +34,7 @@ MODEL_ARGS=(
     --swiglu
     --disable-bias-linear
 )
+
+FULL_ARGS=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1)
 
 source "$(dirname "${BASH_SOURCE[0]}")/../shared.sh"

@@ -4,7 +4,8 @@ FAMILY=deepseek3
 MODEL=deepseek3-671b
 MODEL_TYPE_HF=deepseek3
 PROMPT_TYPE=deepseek3
-PP="${PP:-1}" # 61 layers
+# 8 machines of 8 devices. The released weights are FP8: bring a bf16 copy.
+TP="${TP:-8}" EP="${EP:-64}" ETP="${ETP:-1}" PP="${PP:-1}" NNODES="${NNODES:-8}"
 
 # The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
 MODEL_ARGS=(
@@ -23,6 +24,7 @@ MODEL_ARGS=(
     --qk-head-dim 128
     --qk-pos-emb-head-dim 64
     --v-head-dim 128
+    --moe-grouped-gemm
     --num-experts 256
     --moe-router-topk 8
     --moe-intermediate-size 2048

@@ -4,7 +4,7 @@ FAMILY=mixtral
 MODEL=mixtral-8x7b
 MODEL_TYPE_HF=mixtral
 PROMPT_TYPE=mixtral
-TP="${TP:-4}"
+EP="${EP:-8}" PP="${PP:-1}"
 
 # The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
 MODEL_ARGS=(
@@ -19,6 +19,7 @@ MODEL_ARGS=(
     --max-position-embeddings 32768
     --rotary-base 1000000
     --norm-epsilon 1e-5
+    --moe-grouped-gemm
     --num-experts 8
     --moe-router-topk 2
     --untie-embeddings-and-output-weights
@@ -27,5 +28,7 @@ MODEL_ARGS=(
     --swiglu
     --disable-bias-linear
 )
+
+FULL_ARGS=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1)
 
 source "$(dirname "${BASH_SOURCE[0]}")/../shared.sh"

@@ -4,7 +4,7 @@ FAMILY=qwen2_moe
 MODEL=qwen2-57b-a14b
 MODEL_TYPE_HF=qwen2-moe
 PROMPT_TYPE=qwen
-TP="${TP:-4}"
+EP="${EP:-4}" PP="${PP:-2}"
 
 # The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
 MODEL_ARGS=(
@@ -20,6 +20,7 @@ MODEL_ARGS=(
     --max-position-embeddings 32768
     --rotary-base 1000000
     --norm-epsilon 1e-6
+    --moe-grouped-gemm
     --num-experts 64
     --moe-router-topk 8
     --moe-intermediate-size 2560
@@ -31,5 +32,7 @@ MODEL_ARGS=(
     --swiglu
     --disable-bias-linear
 )
+
+FULL_ARGS=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1)
 
 source "$(dirname "${BASH_SOURCE[0]}")/../shared.sh"

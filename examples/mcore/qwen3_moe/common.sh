@@ -4,7 +4,7 @@ FAMILY=qwen3_moe
 MODEL=qwen3-30b-a3b
 MODEL_TYPE_HF=qwen3-moe
 PROMPT_TYPE=qwen3
-TP="${TP:-4}"
+EP="${EP:-8}" PP="${PP:-1}"
 
 # The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
 MODEL_ARGS=(
@@ -22,6 +22,7 @@ MODEL_ARGS=(
     --max-position-embeddings 40960
     --rotary-base 1000000
     --norm-epsilon 1e-6
+    --moe-grouped-gemm
     --num-experts 128
     --moe-router-topk 8
     --moe-intermediate-size 768
@@ -32,5 +33,7 @@ MODEL_ARGS=(
     --swiglu
     --disable-bias-linear
 )
+
+FULL_ARGS=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1)
 
 source "$(dirname "${BASH_SOURCE[0]}")/../shared.sh"
