@@ -14,7 +14,8 @@ from types import ModuleType
 import pytest
 from helpers import ROOT
 
-DOCUMENTS = ["README.md", "README_zh.md", "docs/guide_qwen3_8b.md"]
+FAMILIES = [f"docs/families/{path.name}" for path in sorted((ROOT / "docs" / "families").glob("*.md")) if path.name != "README.md"]
+DOCUMENTS = ["README.md", "README_zh.md", "docs/guide_qwen3_8b.md", *FAMILIES]
 COMMANDS = ["convert_ckpt.py", "preprocess_data.py", "posttrain_gpt.py", "inference.py", "evaluation.py"]
 QUICKSTART = ROOT / "examples" / "quickstart"
 
@@ -40,9 +41,12 @@ def entry_point_calls(document: str) -> list[tuple[str, list[str]]]:
 @pytest.fixture
 def filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with everything that the documents' commands say must exist."""
-    for folder in ("model_from_hf/qwen3_hf", "model_weights/qwen3_mcore", "ckpt/qwen3-8b-lora", "mmlu/test", "mmlu/dev", "dataset"):
+    named = {word for document in DOCUMENTS for _, words in entry_point_calls(document) for word in words}
+    models = [word for word in named if re.match(r"\./(model_from_hf|model_weights|ckpt)/", word)]
+    for folder in (*models, "mmlu/test", "mmlu/dev", "dataset"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "dataset/train-00000-of-00001-a09b74b3ef9c3b56.parquet").write_bytes(b"")
+    for name in ("train-00000-of-00001-a09b74b3ef9c3b56", "alpaca"):
+        (tmp_path / f"dataset/{name}.parquet").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -73,10 +77,13 @@ def test_both_readmes_print_the_same_commands() -> None:
     assert commands("README.md") == commands("README_zh.md")
 
 
-@pytest.mark.parametrize("document", sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]))
+@pytest.mark.parametrize(
+    "document",
+    sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]),
+)
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
         if not target.startswith(("http://", "https://")):
             assert (path.parent / target).exists(), f"{document} links to {target}"
 
@@ -165,3 +172,11 @@ def test_exam_has_four_subjects_and_no_favourite_letter() -> None:
 def test_shell_scripts_are_well_formed(script: str) -> None:
     result = subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_every_family_has_a_page() -> None:
+    from mindspeed_lora.weights.families import FAMILIES as KNOWN
+
+    assert {Path(page).stem for page in FAMILIES} == set(KNOWN)
+    index = (ROOT / "docs" / "families" / "README.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in index for name in KNOWN)
