@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from mutants_weights import Mutant, apply, copy_tree, failing_tests
@@ -77,33 +78,43 @@ MUTANTS = (
 )
 
 
-def noticed_by(mutant: Mutant | None) -> str | None:
+def noticed_by(mutant: Mutant | None, tests: Sequence[str]) -> str | None:
     """The first test that fails with ``mutant``, None if none does."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as name:
         copy_tree(Path(name))
         if mutant is not None:
             apply(mutant, Path(name))
-        failed = failing_tests(Path(name), TESTS)
+        failed = failing_tests(Path(name), tests)
         return failed[0] if failed else None
+
+
+def write_page(what: str, command: str, mutants: Sequence[Mutant], tests: Sequence[str]) -> int:
+    """Run all, write the page that is the command's last word; the exit code."""
+    if clean := noticed_by(None, tests):
+        print(f"{clean} fails without any mutant", file=sys.stderr)
+        return 1
+    results = []
+    for mutant in mutants:
+        results.append((mutant, noticed_by(mutant, tests)))
+        print(f"{mutant.name}: {results[-1][1] or 'SURVIVED'}", flush=True)
+    rows = [f"| {mutant.name} | {mutant.what} | {f'`{test}`' if test else 'nobody'} |" for mutant, test in results]
+    head = f"# Mutants of {what}\n\nWritten by `{command}`: each fault is put into a copy on purpose.\n"
+    page = Path(command.split()[-1])
+    page.write_text("\n".join([head, "| mutant | what is wrong | noticed first by |", "|---|---|---|", *rows]) + "\n", encoding="utf-8")
+    return 0 if all(test for _, test in results) else 1
+
+
+def page_argument(doc: str | None) -> Path:
+    """The Markdown file that the command line names."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", type=Path, help="Markdown file to write")
+    page: Path = parser.parse_args().page
+    return page
 
 
 def main() -> int:
     """Run all, write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path, help="Markdown file to write")
-    page = parser.parse_args().page
-    if clean := noticed_by(None):
-        print(f"{clean} fails without any mutant", file=sys.stderr)
-        return 1
-    results = []
-    for mutant in MUTANTS:
-        results.append((mutant, noticed_by(mutant)))
-        print(f"{mutant.name}: {results[-1][1] or 'SURVIVED'}", flush=True)
-    rows = [f"| {mutant.name} | {mutant.what} | {f'`{test}`' if test else 'nobody'} |" for mutant, test in results]
-    command = "python benchmarks/mutants_engine.py docs/mutants_engine.md"
-    head = f"# Mutants of the engine\n\nWritten by `{command}`: each fault is put into a copy on purpose.\n"
-    page.write_text("\n".join([head, "| mutant | what is wrong | noticed first by |", "|---|---|---|", *rows]) + "\n", encoding="utf-8")
-    return 0 if all(test for _, test in results) else 1
+    return write_page("the engine", f"python benchmarks/mutants_engine.py {page_argument(__doc__)}", MUTANTS, TESTS)
 
 
 if __name__ == "__main__":

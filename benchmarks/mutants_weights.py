@@ -93,8 +93,8 @@ def apply(mutant: Mutant, target: Path) -> None:
 
 def failing_tests(target: Path, arguments: Sequence[str]) -> list[str]:
     """Names of the tests that fail in a copy."""
-    golden = os.environ.get("MINDSPEED_LORA_TEST_GOLDEN", str(ROOT.parent / "shared/golden"))
-    environment = {**os.environ, "PYTHONPATH": str(target), "MINDSPEED_LORA_TEST_GOLDEN": golden, "OMP_NUM_THREADS": "1"}
+    shared = {f"MINDSPEED_LORA_TEST_{name.upper()}": str(ROOT.parent / "shared" / name) for name in ("golden", "data")}
+    environment = {**shared, **os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", *arguments]
     done = subprocess.run(command, cwd=target, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     failed = re.findall(r"^(?:FAILED|ERROR) \S+?::(\w+)", done.stdout, flags=re.MULTILINE)

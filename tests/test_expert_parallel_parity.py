@@ -226,6 +226,33 @@ def test_an_expert_without_tokens_gets_a_zero_gradient_and_nobody_waits(pool: An
     assert 2 <= sum(peak > 0 for peak in largest) <= 4
 
 
+def _calls(folder: Path) -> tuple[list[int], float]:
+    """Rows padded to 16 tokens on one replica, to 20 on the other, and receive buffers for 4 micro-batches of the one, 3 of the other."""
+    context = build_context(torch.device("cpu"), 1, 2, False, 2)
+    engine = build_engine(folder, context, SPEC)
+    runner = PipelineRunner(engine.stages, context)
+    runner._budget_bytes = 2 * 16 * 64 * 4 * 4
+    sizes: list[int] = []
+    build = runner._build
+
+    def built(size: int, *others: int) -> Any:
+        sizes.append(size)
+        return build(size, *others)
+
+    runner._build = built  # type: ignore[method-assign]
+    ids, labels, weights = batch(rows=4, length=COLUMNS[context.dp_rank])
+    loss = runner.forward_backward(ids, labels, weights, 1).sum()
+    return sizes, float(loss)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="over gloo, schedules of torch.distributed.pipelining need torch 2.9")
+def test_replicas_that_share_experts_cut_a_step_alike(pool: Any, folders: dict[str, Path]) -> None:
+    """Other calls would mean another order of forward and backward passes, and exchanges that wait for each other."""
+    results = pool.run(_calls, 4, folders["mixtral"], timeout=60)
+    assert [sizes for sizes, _ in results] == [[2]] * 4, "two calls of one size"
+    assert all(loss > 0 for _, loss in results[1::2] if loss)
+
+
 def _nothing_to_send() -> list[tuple[int, ...]]:
     from mindspeed_lora.parallel.dispatch import from_experts, plan_exchange, to_experts
 

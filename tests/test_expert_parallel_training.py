@@ -138,6 +138,9 @@ def test_a_run_continues_at_another_layout(
     assert whole.keys() == parted.keys()
     for name, value in whole.items():
         assert (value - parted[name]).abs().max() <= 1e-4, name
+    if lora:
+        peft = saved_parameters(tmp_path / "parted", lora, tmp_path / "parted" / f"iter_{6:07d}" / "peft")
+        assert all(torch.equal(value, peft[name]) for name, value in parted.items()), "PEFT's form holds the same"
     if layouts == ("tp2pp2ep2", "one"):
         assert len(list((tmp_path / "parted" / "iter_0000003").glob("mp_rank_??_???_???"))) == 8
     if layouts == ("tp2", "tp2ep4etp1"):

@@ -165,19 +165,20 @@ def losses(save: Path) -> list[float]:
     return [record["lm_loss"] for record in metrics(save)]
 
 
-def saved_parameters(save: Path, lora: bool = True) -> dict[str, torch.Tensor]:
-    """All trained tensors of the newest checkpoint, whole, in HF order, by name."""
+def saved_parameters(save: Path, lora: bool = True, folder: Path | None = None) -> dict[str, torch.Tensor]:
+    """All trained tensors of the newest checkpoint, whole, in HF order, by name; ``folder``: another one that holds the adapter."""
     from mindspeed_lora.weights.sources import open_adapter, open_base
     from mindspeed_lora.weights.table import WeightTable
 
     found: dict[str, torch.Tensor] = {}
     if lora:
-        adapter = open_adapter(save)
+        adapter = open_adapter(folder or save)
         from mindspeed_lora.weights.families import model_config_from_hf
 
         table = WeightTable(model_config_from_hf(save))
-        assert adapter.lora is not None
-        for row, layer in table.target_entries(adapter.lora.targets):
+        spec = adapter.spec(table)
+        assert spec is not None
+        for row, layer in table.target_entries(spec.targets):
             a, b = adapter.lora_parts(row, layer)
             found[f"{row.name(layer)} A"] = a.clone()
             found |= {f"{row.name(layer)} B{index}": part.clone() for index, part in enumerate(b)}
