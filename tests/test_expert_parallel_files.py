@@ -12,6 +12,7 @@ import torch
 from conversion_helpers import run_convert
 from helpers import make_model
 
+from mindspeed_lora.checkpoint.resolve import router_notes
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.weights.sources import open_base
 from mindspeed_lora.weights.table import WeightTable
@@ -86,3 +87,26 @@ def test_files_with_both_forms_are_refused(folders: dict[str, Path], tmp_path: P
         extra = {name: value for name, value in grouped.items() if ".experts.weight" in name}
         edit(rank_file(tmp_path / "mg", ep_rank), lambda model, extra=extra: model.update(extra))
     assert "experts one by one (decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight) and grouped" in refusal(tmp_path / "mg")
+
+
+def test_routers_of_two_dtypes_are_refused_and_rounding_is_said(folders: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    def notes(folder: Path, dtype: torch.dtype) -> list[str]:
+        base = open_base(folder)
+        return router_notes(base, WeightTable(base.model_config), dtype)
+
+    make_model(tmp_path / "hf", "qwen3_moe", "bfloat16", mlp_only_layers=[], num_hidden_layers=2)
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    routers = [name for name in tensors if name.endswith("mlp.gate.weight")]
+    assert notes(tmp_path / "hf", torch.bfloat16) == []
+    save_file(tensors | {name: tensors[name].float() for name in routers}, path, metadata={"format": "pt"})
+    (note,) = notes(tmp_path / "hf", torch.bfloat16)
+    assert "are float32 in" in note and "rounded to bfloat16" in note
+    assert notes(tmp_path / "hf", torch.float32) == []
+    save_file(tensors | {routers[1]: tensors[routers[1]].float()}, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers.0.mlp.gate.weight is bfloat16 and model.layers.1.mlp.gate.weight is float32"):
+        notes(tmp_path / "hf", torch.bfloat16)
+    shutil.copytree(folders["single"], tmp_path / "mg")
+    assert len(notes(tmp_path / "mg", torch.bfloat16)) == 1

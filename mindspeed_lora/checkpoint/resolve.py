@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from mindspeed_lora.arguments.configs import ArchitectureFlags, LoraFlags, ParallelFlags
 from mindspeed_lora.checkpoint.resolve_experts import check_special_flags, disagree
 from mindspeed_lora.errors import CheckpointError, UsageError
@@ -85,6 +87,26 @@ def resolve_model_config(base: Base, flags: ArchitectureFlags, layout: Layout | 
     padded = max(config.vocab_size, flags.padded_vocab_size or 0)
     size = layout.tensor_parallel_size
     return replace(config, padded_vocab_size=-(-padded // size) * size)
+
+
+def router_notes(base: Base, table: WeightTable, dtype: torch.dtype) -> list[str]:
+    """What is to be said of the routers' dtype in a run that computes in ``dtype``. No tensor is read.
+
+    Raises:
+        CheckpointError: the routers of two layers are of different dtypes: then some of them are not what the others are.
+    """
+    found: dict[torch.dtype, str] = {}
+    for row, layer in table.entries():
+        if row.megatron.endswith(".mlp.router.weight"):
+            found.setdefault(base.part_dtypes(row, layer)[0], (row.name(layer) if base.kind == "mg" else row.hf_names(layer)[0]))
+    if len(found) > 1:
+        said = " and ".join(f"{name} is {str(kind).removeprefix('torch.')}" for kind, name in found.items())
+        raise CheckpointError(f"{base.path}: the routers differ in dtype: {said}; store all of them in one")
+    stored = next(iter(found), dtype)
+    if stored.itemsize <= dtype.itemsize:
+        return []
+    names = [str(kind).removeprefix("torch.") for kind in (stored, dtype)]
+    return [f"the routers' weights are {names[0]} in {base.path} and are rounded to {names[1]}, as transformers does; scores are in fp32"]
 
 
 def resolve_lora(flags: LoraFlags | None, adapter: Adapter | None, table: WeightTable) -> LoraSpec | None:

@@ -19,7 +19,7 @@ import torch
 
 from mindspeed_lora.arguments.configs import EvaluationConfig, InferenceConfig
 from mindspeed_lora.checkpoint.load import load_adapter, load_base
-from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, resolve_model_config, run_layout
+from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, resolve_model_config, router_notes, run_layout
 from mindspeed_lora.checkpoint.start import find_start
 from mindspeed_lora.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from mindspeed_lora.errors import CheckpointError, MindSpeedLoraError, UsageError
@@ -153,6 +153,8 @@ def _load(
     adapters = [] if adapter is None else _open_adapters(config, adapter, base, WeightTable(model))
     spec = adapters[0].spec if adapters else None
     dtype = resolve_dtype(config.runtime.params_dtype, base)
+    for note in router_notes(base, WeightTable(model), dtype):
+        get_logger().info(f"note: {note}")
     tokenizer = load_tokenizer(config.tokenizer, base.config_dir)
     stops = _generation_config_stops(base.config_dir or config.tokenizer.name_or_path)
     formats = []

@@ -11,7 +11,7 @@ import torch
 
 from mindspeed_lora.arguments.configs import TrainConfig
 from mindspeed_lora.checkpoint.reference import ReferencePoint, find_reference
-from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, resolve_model_config, run_layout
+from mindspeed_lora.checkpoint.resolve import check_adapter_base, resolve_lora, resolve_model_config, router_notes, run_layout
 from mindspeed_lora.checkpoint.resume import TrainerState, read_trainer_state
 from mindspeed_lora.checkpoint.start import StartPoint, check_save_folder, find_start
 from mindspeed_lora.data.pairs import PairDataset, open_pair_dataset
@@ -128,6 +128,9 @@ def plan_model(config: TrainConfig, world_size: int, start: StartPoint | None = 
     balance = balance_terms(config, model, notes)
     if model.experts is not None and lora is None and not (balance and balance.aux):
         notes.append("no auxiliary loss balances the experts; --moe-aux-loss-coeff adds one")
+    dtype = _dtype(config)
+    if not config.dry_run:  # which does without weights
+        notes += router_notes(start.base, table, dtype)
     _check_base_storage(config, lora, dp_size, notes)
     return ModelPlan(
         config=config,
@@ -136,7 +139,7 @@ def plan_model(config: TrainConfig, world_size: int, start: StartPoint | None = 
         table=table,
         layout=layout,
         lora=lora,
-        dtype=_dtype(config),
+        dtype=dtype,
         pad_multiple=_pad_multiple(config, model, notes),
         dp_size=dp_size,
         global_batch_size=global_batch_size,
