@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,26 @@ from pool import ProcessPool
 from test_training_layouts import CHANGE, GRADIENT, LOSS, relative
 from training_helpers import change, losses, make_config, make_workspace, run_training, saved_parameters
 
+from mindspeed_lora.arguments.configs import OptimizerFlags
 from mindspeed_lora.errors import UsageError
+from mindspeed_lora.lora.inject import inject_lora
+from mindspeed_lora.model.stage import build_stage_modules
 from mindspeed_lora.parallel.context import build_context
+from mindspeed_lora.parallel.pipeline import PipelineRunner
 from mindspeed_lora.training.advice import changes as possible_changes
 from mindspeed_lora.training.machines import find_machine
 from mindspeed_lora.training.memory import largest_estimate, owned_elements
+from mindspeed_lora.training.optimizer import build_updates
+from mindspeed_lora.training.parameters import trained_parameters
 from mindspeed_lora.training.preflight import plan_model
 from mindspeed_lora.training.sizes import RunSizes, stage_parameters
 from mindspeed_lora.training.step_time import step_time
 from mindspeed_lora.weights.families import model_config_from_hf
 from mindspeed_lora.weights.table import WeightTable, is_stack
+
+BENCHMARKS = str(Path(__file__).resolve().parents[1] / "benchmarks")
+if BENCHMARKS not in sys.path:
+    sys.path.insert(0, BENCHMARKS)
 
 MODES = ("lora_fused", "full_untied")
 GRIDS = {
@@ -186,7 +197,7 @@ def test_layouts_that_experts_do_not_fit_are_refused(
 ) -> None:
     folder = workspace if family == "qwen2_moe" else make_workspace(tmp_path, family)
     with pytest.raises(UsageError, match=words):
-        plan_model(make_config(folder, **changes), world)
+        plan_model(make_config(folder, global_batch_size=12, **changes), world)
 
 
 def test_a_dry_run_and_the_start_report_say_where_experts_lie(pool: ProcessPool, workspace: Path) -> None:
@@ -201,3 +212,43 @@ def test_a_dry_run_and_the_start_report_say_where_experts_lie(pool: ProcessPool,
     assert "experts' exchange" in step_time(more, machine).parts
     assert largest_estimate(more)[1]["total"] < largest_estimate(sizes)[1]["total"]
     assert "--expert-model-parallel-size 8" not in dict(possible_changes(more, machine)), "there are 4 experts"
+
+
+def _peak(sizes: RunSizes) -> int:
+    """Most bytes that torch holds on this rank in one LoRA step, weights included; tokens spread over the experts."""
+    from allocated import Allocated
+
+    context = build_context(
+        torch.device("cpu"), sizes.tp_size, 1, sizes.sequence_parallel, sizes.ep_size, sizes.expert_tensor_parallel_size
+    )
+    torch.manual_seed(0)
+    with Allocated() as allocated:
+        (stage,) = build_stage_modules(sizes.model, context, torch.float32)
+        assert sizes.lora is not None
+        inject_lora(stage, WeightTable(sizes.model), sizes.lora, context, True, seed=0)
+        with torch.no_grad():
+            for name, parameter in stage.named_parameters():
+                if ".lora_" not in name:
+                    parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, 0.02)
+        gradients, optimizer = build_updates(trained_parameters([stage], WeightTable(sizes.model), context), context, OptimizerFlags())
+        torch.manual_seed(1 + context.dp_rank)
+        ids = torch.randint(0, sizes.model.vocab_size, (1, sizes.length))
+        PipelineRunner([stage], context).forward_backward(ids, ids, torch.full((1,), 1.0 / sizes.length), 1)
+        gradients.reduce()
+        optimizer.step(1e-4)
+    return int(allocated.peak)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "grid",
+    [{"dp_size": 2, "ep_size": 2}, {"tp_size": 2, "ep_size": 2, "expert_tensor_parallel_size": 1, "sequence_parallel": True}],
+    ids=str,
+)
+def test_the_estimate_of_a_rank_is_what_torch_allocates(pool: ProcessPool, grid: dict[str, Any]) -> None:
+    """Within the issue's 10 % and the room of a model this small, on the rank that gets most tokens."""
+    import memory_estimate
+
+    sizes = RunSizes(memory_estimate.SMALL_EXPERTS, memory_estimate.LORA, 4, length=1024, device_type="cpu", **grid)
+    peak = max(pool.run(_peak, 2, sizes))
+    assert largest_estimate(sizes)[1]["total"] == pytest.approx(peak, rel=0.12)
