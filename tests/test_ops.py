@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mindspeed_lora import ops
-from mindspeed_lora.ops import cpu, cuda, eager, fused, products
+from mindspeed_lora.ops import cpu, cuda, eager, few_rows, fused, products
 
 KERNELS: dict[str, tuple[tuple[int, ...], Callable[[Any], tuple[Any, ...]]]] = {
     "rms_norm": ((5, 2, 3, 8), lambda draw: (draw(8), 1e-3)),
@@ -96,3 +96,30 @@ def test_products_round_once_and_write_where_they_are_told(wide: bool, monkeypat
     assert not back[:, :26].any()
     torch.testing.assert_close(back[:, 26:].double(), want, rtol=1e-2, atol=1.0)
     assert products.product_dtype(x[:8]) == torch.bfloat16  # a few rows: reading the weight is the cost
+
+
+@torch.no_grad()
+def test_without_gradients_the_kernels_say_the_same() -> None:
+    for name, (shape, more) in KERNELS.items():
+        draw = _draw(4)
+        x, rest = draw(*shape).float(), tuple(value.float() if isinstance(value, torch.Tensor) else value for value in more(draw))
+        with torch.enable_grad():
+            want = getattr(eager, name)(x, *rest)
+        torch.testing.assert_close(getattr(ops, name)(x, *rest), want, rtol=1e-6, atol=1e-6)
+    heads, weights = draw(2, 4, 3, 8).float(), draw(3, 8).float()  # generation: a row of weights for each head
+    torch.testing.assert_close(ops.rms_norm(heads, weights, 1e-3), eager.rms_norm(heads, weights, 1e-3), rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3, 4, 8, 11, 12, 16, 17])
+@pytest.mark.parametrize("outputs", [128, 129])  # whole blocks of outputs, or not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_a_few_rows(rows: int, outputs: int, dtype: torch.dtype) -> None:
+    draw = _draw(5)
+    x, weight, bias = draw(1, rows, 24).to(dtype), draw(outputs, 24).to(dtype), draw(outputs).to(dtype)
+    got = ops.linear(x, weight, bias)
+    assert got.shape == (1, rows, outputs) and got.dtype == dtype
+    want = x.double() @ weight.double().t() + bias.double()
+    torch.testing.assert_close(got.double(), want, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5 if dtype == torch.float32 else 5e-2)
+    torch.testing.assert_close(ops.linear(x, weight).double(), want - bias.double(), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=5e-2)
+    assert (few_rows.linear(x[:, :1], weight) == x[:, :1] @ weight.t()).all()

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.functional import linear
 
+from mindspeed_lora import ops
 from mindspeed_lora.lora.functions import ColumnLora, KeepBlocks, RowLora, Scale, scaled
 from mindspeed_lora.parallel.layers import EVERY, ColumnParallelLinear, ReplicatedLinear, RowParallelLinear, enter_column, leave_row
 
@@ -97,13 +98,14 @@ class ParallelLoraLinear(nn.Module, LoraLayer):
         if used is None:
             return base(x)
         a, b, scale = used
+        fusion = self.fusion and x.shape[0] > 1  # for one token there is nothing to fuse but the row layer's two collectives
         if isinstance(base, ColumnParallelLinear):
-            if self.fusion:
+            if fusion:
                 return ColumnLora.apply(x, base.weight, base.bias, a, b, scale, base.context)
             whole = enter_column(x, base.context)
-            return linear(whole, base.weight, base.bias) + _low_rank(linear(whole, a), b, scale)
+            return ops.linear(whole, base.weight, base.bias) + _low_rank(linear(whole, a), b, scale)
         assert isinstance(base, RowParallelLinear)
-        if self.fusion:
+        if fusion or (self.fusion and base.context.tp_group is not None):
             return RowLora.apply(x, base.weight, a, b, scale, base.context)
         return base(x) + _low_rank(leave_row(linear(x, a), base.context), b, scale)
 

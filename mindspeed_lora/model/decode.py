@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ class KVCache:
 
     length: int = 0
     _stores: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    _constants: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
     def _room(store: torch.Tensor | None, new: torch.Tensor, used: int) -> torch.Tensor:
@@ -42,6 +43,12 @@ class KVCache:
         """What ``layer`` holds, each ``[b, g/t, length, d]``."""
         return tuple(store[:, :, : self.length] for store in self._stores[layer])
 
+    def constant(self, layer: int, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What ``layer`` needs in each step and is the same in all of them, made in the first."""
+        if layer not in self._constants:
+            self._constants[layer] = make()
+        return self._constants[layer]
+
     def advance(self, num_tokens: int) -> None:
         """Count the step's tokens, once every layer has appended them."""
         self.length += num_tokens
@@ -59,6 +66,7 @@ class KVCache:
         """Forget everything."""
         self.length = 0
         self._stores.clear()
+        self._constants.clear()
 
 
 class SharedPrefix:
@@ -72,6 +80,10 @@ class SharedPrefix:
         """What is held of the prefix with ``[b, g/t, s, d]`` behind it in each row."""
         before = (held.expand(len(new[0]), -1, -1, -1) for held in self._cache.held(layer))
         return tuple(torch.cat(pair, dim=2) for pair in zip(before, new, strict=True))
+
+    def constant(self, layer: int, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """See :meth:`KVCache.constant`."""
+        return self._cache.constant(layer, make)
 
     def advance(self, num_tokens: int) -> None:
         """The batch's own tokens are not kept."""

@@ -64,14 +64,14 @@ class SelfAttention(nn.Module):
         A group's query heads and its key lie behind one another in qkv, so they are normed and rotated together; and since they
         all attend to the same keys, they can stand as the positions of one head (no copy of keys for each of them).
         """
-        batch, (cosine, sine) = qkv.shape[1], rotary
+        assert decode.cache is not None
+        batch = qkv.shape[1]
         heads = qkv.contiguous().view(batch, self.groups, self.heads_per_group + 2, self.kv_channels)
         turned, value = heads.split((self.heads_per_group + 1, 1), dim=2)
         if self.qk_layernorm:
-            turned = ops.rms_norm(turned, self._query_key_weight(), self.q_layernorm.epsilon)
-        turned = ops.rotate(turned, cosine.transpose(0, 1).expand(batch, -1, -1, -1), sine.transpose(0, 1).expand(batch, -1, -1, -1))
+            turned = ops.rms_norm(turned, decode.cache.constant(self.layer, self._query_key_weight), self.q_layernorm.epsilon)
+        turned = ops.rotate(turned.reshape(1, batch, -1, self.kv_channels), *rotary).view_as(turned)
         query, key = turned.split((self.heads_per_group, 1), dim=2)
-        assert decode.cache is not None
         mask = self._decode_mask(decode, 1, decode.cache.length, qkv.device)
         key, value = decode.cache.append(self.layer, key, value)
         return ops.attention(query, key, value, mask, is_causal=False).reshape(1, batch, -1)

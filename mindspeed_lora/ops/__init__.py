@@ -2,13 +2,13 @@
 
 | kernel             | cpu                            | cuda                       | npu                       |
 |--------------------|--------------------------------|----------------------------|---------------------------|
-| linear             | linear, few rows transposed    | linear                     | linear                    |
-| rms_norm           | fused; generating: torch's own | torch's own                | npu_rms_norm              |
+| linear             | linear; few rows in blocks     | linear                     | linear                    |
+| rms_norm           | fused                          | torch's own                | npu_rms_norm              |
 | rotate, swiglu     | fused                          | fused                      | npu_rotary_mul, _swiglu   |
 | attention          | sdpa, 16-bit in fp32           | sdpa                       | npu_fusion_attention      |
 | document_attention | the same for each document     | the same for each document | npu_fusion_attention, TND |
 
-No kernel takes a mask tensor for causal attention. The products inside LoRA layers and the loss head: :mod:`~mindspeed_lora.ops.products`.
+A CPU that generates: :mod:`~mindspeed_lora.ops.few_rows`. No kernel takes a mask tensor for causal attention. The products inside LoRA layers and the loss head: :mod:`~mindspeed_lora.ops.products`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _kernels(x: torch.Tensor) -> ModuleType:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.linear`."""
-    return eager.linear(x, weight, bias)
+    return _kernels(x).linear(x, weight, bias)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

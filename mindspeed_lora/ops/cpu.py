@@ -9,17 +9,22 @@ from collections.abc import Sequence
 
 import torch
 
-from mindspeed_lora.ops import eager, fused
+from mindspeed_lora.ops import eager, few_rows, fused
 from mindspeed_lora.ops.fused import rotate, swiglu
 
-__all__ = ["attention", "document_attention", "rms_norm", "rotate", "swiglu"]
+__all__ = ["attention", "document_attention", "linear", "rms_norm", "rotate", "swiglu"]
 
 _FEW_QUERIES = 16  # below this (generation) widening all keys and values would cost more than it saves
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """See :func:`mindspeed_lora.ops.eager.linear`."""
+    return (eager if torch.is_grad_enabled() else few_rows).linear(x, weight, bias)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.rms_norm`."""
-    return (fused if torch.is_grad_enabled() else eager).rms_norm(x, weight, epsilon)
+    return (fused if torch.is_grad_enabled() else few_rows).rms_norm(x, weight, epsilon)
 
 
 def _widened(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-NARROW_ROWS = 16
-
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """``x / sqrt(mean(x^2) + epsilon) * weight`` over the last dim; statistics in fp32, result in x's dtype.
@@ -24,18 +22,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x W^T + bias``: x ``[..., in]``, weight ``[out, in]`` -> ``[..., out]``.
-
-    A few rows of fp32 on a CPU (a batch that generates) are multiplied as ``(W x^T)^T``: MKL's kernel for many rows times a narrow
-    matrix takes 2/3 of the time of the one for few rows (benchmarks/decode_speed.py). The result then lies as its transpose does,
-    as does what is computed from it element by element, so that one such linear after another copies nothing.
-    """
-    rows = x.numel() // x.shape[-1]
-    if not 1 < rows <= NARROW_ROWS or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
-    narrow = x.reshape(rows, -1).t().contiguous()
-    y = torch.mm(weight, narrow) if bias is None else torch.addmm(bias.unsqueeze(1), weight, narrow)
-    return y.t().view(*x.shape[:-1], -1)
+    """``x W^T + bias``: x ``[..., in]``, weight ``[out, in]`` -> ``[..., out]``."""
+    return F.linear(x, weight, bias)
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

@@ -48,15 +48,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     return _RMSNorm.apply(x, weight, epsilon)
 
 
+def _rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    y = x * cosine
+    (first, second), (y_first, y_second), (sine_first, sine_second) = x.chunk(2, -1), y.chunk(2, -1), sine.chunk(2, -1)
+    y_first.addcmul_(second, sine_first, value=-1)
+    y_second.addcmul_(first, sine_second)
+    return y
+
+
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cosine, sine)
-        half = x.shape[-1] // 2
-        y = x * cosine
-        y[..., :half].addcmul_(x[..., half:], sine[..., :half], value=-1)
-        y[..., half:].addcmul_(x[..., :half], sine[..., half:])
-        return y
+        return _rotated(x, cosine, sine)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Grads:
@@ -70,15 +74,19 @@ class _Rotate(torch.autograd.Function):
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.rotate`."""
-    return _Rotate.apply(x, cosine, sine)
+    return (_Rotate.apply if torch.is_grad_enabled() else _rotated)(x, cosine, sine)
+
+
+def _gated(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _gated(x)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Grads:
@@ -93,4 +101,4 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.swiglu`."""
-    return _SwiGLU.apply(x)
+    return (_SwiGLU.apply if torch.is_grad_enabled() else _gated)(x)
