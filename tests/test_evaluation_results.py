@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from mindspeed_lora.errors import UsageError
-from mindspeed_lora.evaluation.interrupt import interruptible
 from mindspeed_lora.evaluation.jobs import JobResult
 from mindspeed_lora.evaluation.results import (
     check_output,
@@ -26,6 +25,7 @@ from mindspeed_lora.evaluation.results import (
     write_samples,
 )
 from mindspeed_lora.evaluation.statistics import compare, mcnemar_exact, mean_of, sign_flip
+from mindspeed_lora.inference.interrupt import Terminated, interruptible
 
 
 def result(*values: float, name: str = "mmlu") -> JobResult:
@@ -104,14 +104,18 @@ def test_an_interruption_counts_only_the_items_that_were_answered() -> None:
     assert kept == [{"doc_id": 0}, {"doc_id": 2}]
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_interrupts_and_the_next_ones_do_not_disturb_the_writing(kind: signal.Signals) -> None:
+@pytest.mark.parametrize(("kind", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_the_first_signal_interrupts_and_the_next_ones_do_not_disturb_the_writing(
+    kind: signal.Signals, raised: type[BaseException]
+) -> None:
     before = signal.getsignal(kind)
     written = []
-    with pytest.raises(KeyboardInterrupt, match="scored"), interruptible():
+    engine: Any = SimpleNamespace(busy=False, interruption=None)
+    with pytest.raises(KeyboardInterrupt, match="scored"), interruptible(engine):
         try:
             signal.raise_signal(kind)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            assert type(error) is raised and engine.interruption is error
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGINT)
             written.append(True)

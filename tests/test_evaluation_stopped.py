@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from evaluation_helpers import small_benchmarks
+from evaluation_helpers import config_for, run_evaluate, small_benchmarks
 from helpers import ROOT, shared_data
+from pool import ProcessPool
+
+from mindspeed_lora.arguments.configs import EvaluationConfig
 
 MODEL = "stories260k/hf"
 
@@ -51,6 +57,39 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = (shared_data() / "gsm8k" / "grade_school_math" / "data" / "test.jsonl").read_text().splitlines()
     (root / "gsm8k" / "test.jsonl").write_text("\n".join(sorted(lines, key=len)[:40]) + "\n")
     return root
+
+
+def signalled_cell(config: EvaluationConfig, rank: int) -> tuple[int, str]:
+    """As :func:`run_evaluate`, and SIGINT inside the fifth order, to one rank only."""
+    from mindspeed_lora.inference import executor
+
+    execute, orders = executor.Executor.execute, itertools.count()
+
+    def interrupted(self: Any, message: Any) -> Any:
+        if os.environ["RANK"] == str(rank) and next(orders) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return execute(self, message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor.Executor, "execute", interrupted)
+        try:
+            return run_evaluate(config)
+        except KeyboardInterrupt:
+            return 130, "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "dp", "rank"), [(1, 1, 1, 0), (2, 1, 1, 0), (1, 2, 1, 0), (1, 1, 2, 0), (1, 1, 2, 1), (2, 1, 2, 0), (2, 1, 2, 2)]
+)
+def test_an_interruption_inside_an_order_leaves_all_ranks_at_one_place(
+    pool: ProcessPool, tmp_path: Path, data: Path, tp: int, pp: int, dp: int, rank: int
+) -> None:
+    """Whichever driver the signal reaches: all ranks end by themselves with 130, and what was answered counts."""
+    config = replace(config_for(shared_data() / MODEL, data, tmp_path, tp, pp, tasks=("gsm8k",), max_new_tokens=8), evaluation_batch_size=1)
+    results = pool.run(signalled_cell, tp * pp * dp, config, rank)
+    assert [code for code, _ in results] == [130] * len(results), results
+    scores = json.loads((tmp_path / "results.json").read_text())["mindspeed_lora"]["scores"]["gsm8k"]
+    assert not scores["complete"] and scores.get("count", 0) < 40
 
 
 LAYOUTS = [(1, ()), (2, ("--tensor-model-parallel-size", "2")), (2, ("--pipeline-model-parallel-size", "2")), (2, ())]

@@ -15,11 +15,11 @@ from transformers import StoppingCriteria
 
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.evaluation.batching import BatchRule
-from mindspeed_lora.evaluation.interrupt import ignore_signals
 from mindspeed_lora.evaluation.replicas import Replicas
 from mindspeed_lora.evaluation.scoring import RowScores, answers_of, make_batches, plan_rows, score_batches
 from mindspeed_lora.inference.channel import RankDied
 from mindspeed_lora.inference.generator import Limits, ParallelCausalLM, Strategy, generate
+from mindspeed_lora.inference.interrupt import ignore_signals
 from mindspeed_lora.inference.prompts import PromptFormat
 from mindspeed_lora.log import get_logger
 

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, cast
 from mindspeed_lora.arguments.configs import EvaluationConfig
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.evaluation.batching import BatchRule, Room, measure_room
-from mindspeed_lora.evaluation.interrupt import Terminated, interruptible
 from mindspeed_lora.evaluation.jobs import FEWSHOT_SEED, Job, JobResult, prepare_jobs, run_job
 from mindspeed_lora.evaluation.results import (
     BASE_RESULTS_NAME,
@@ -38,6 +37,7 @@ from mindspeed_lora.evaluation.results import (
 )
 from mindspeed_lora.evaluation.statistics import Comparison
 from mindspeed_lora.inference.channel import RankDied, StoppedElsewhere
+from mindspeed_lora.inference.interrupt import Terminated
 from mindspeed_lora.inference.session import Session, lead, open_session
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.parallel.collectives import gather_objects
@@ -97,7 +97,7 @@ def _work(config: EvaluationConfig, session: Session, engine: Engine, jobs: list
         raise UsageError("--compare-base: there is no adapter to compare with the base; pass --lora-load")
     context = session.context
     handlers: dict[str, Callable[..., Any]] = work_handlers(engine, session.tokenizer)
-    replicas = Replicas(handlers, session.channels.drivers, context.replica_rank, context.replicas)
+    replicas = Replicas(handlers, session.channels.drivers, context.replica_rank, context.replicas, engine.undisturbed)
     if context.replica_rank > 0:
         replicas.follow()
         return
@@ -112,8 +112,7 @@ def _work(config: EvaluationConfig, session: Session, engine: Engine, jobs: list
         max_new_tokens=config.max_new_tokens,
     )
     try:
-        with interruptible():
-            _score_all(config, session, lm, jobs)
+        _score_all(config, session, lm, jobs)
     finally:
         replicas.release()
 

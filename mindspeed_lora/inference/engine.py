@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,8 @@ class Engine:
         self._stopped = False
         self._broken = False  # an order was begun and not carried out
         self._awaited = False  # logits are on their way from the last stage
-        self.interrupted = False  # Ctrl-C came amid an order: it is carried out first, so that the workers can be released
+        self.interruption: KeyboardInterrupt | None = None  # came while busy: the order is carried out first, to release the workers
+        self._undisturbed = False
         self._cached_rows = 0
         self.vocab_size: int = stage.model_config.vocab_size
         self.device: torch.device = context.device
@@ -73,14 +75,28 @@ class Engine:
         return result
 
     @property
-    def busy(self) -> bool:
+    def amid_order(self) -> bool:
         """Whether an order is being carried out."""
         return self._broken or self._awaited
 
+    @property
+    def busy(self) -> bool:
+        """Whether an interruption has to wait for the end of an order."""
+        return self.amid_order or self._undisturbed
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Inside, others wait for what this driver sends: an interruption comes at the end of an order, and nowhere else."""
+        self._undisturbed = True
+        try:
+            yield
+        finally:
+            self._undisturbed = False
+
     def _end_order(self) -> None:
         self._broken = False
-        if self.interrupted and not self._awaited:
-            raise KeyboardInterrupt
+        if self.interruption is not None and not self._awaited:
+            raise self.interruption
 
     def forward(self, ids: torch.Tensor, real: torch.Tensor | None = None, use_cache: bool = False, keep_last: int = 1) -> torch.Tensor:
         """Logits of the last ``keep_last`` positions.

@@ -28,19 +28,35 @@ class Interrupted(MindSpeedLoraError):
         super().__init__("interrupted")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: torchrun sends it to the processes that are left once one has died."""
+
+
+_KINDS = (signal.SIGINT, signal.SIGTERM)
+
+
 @contextmanager
 def interruptible(engine: Engine) -> Iterator[None]:
-    """The first SIGINT or SIGTERM raises KeyboardInterrupt between two orders; further ones do nothing."""
+    """The first SIGINT raises KeyboardInterrupt, SIGTERM Terminated, where the engine is not busy, else at the end of an order.
+
+    Further ones do nothing: torchrun sends several, and kills after 30 s.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, signal.SIG_IGN)
-        engine.interrupted = True
+        ignore_signals()
+        engine.interruption = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
         if not engine.busy:
-            raise KeyboardInterrupt
+            raise engine.interruption
 
-    with _handled(stop, signal.SIGINT, signal.SIGTERM):
+    with _handled(stop, *_KINDS):
         yield
+
+
+def ignore_signals() -> None:
+    """What is left to do is writing and ending; outside the main thread, where signals do not arrive, nothing changes."""
+    if threading.current_thread() is threading.main_thread():
+        for kind in _KINDS:
+            signal.signal(kind, signal.SIG_IGN)
 
 
 @contextmanager

@@ -343,7 +343,7 @@ def lead(session: Session, work: Callable[[Engine], None]) -> int:
         except RankDied:
             raise
         except KeyboardInterrupt:
-            if engine.busy:
+            if engine.amid_order:
                 raise  # the workers are inside an order: they end with this process
             error = Interrupted()
             code = error.exit_code
