@@ -68,7 +68,7 @@ MUTANTS = (
     Mutant(
         "partial A",
         "A's partial gradient is never summed over the tensor ranks",
-        (("weights/table.py", '"always" if column else "never"', '"never"'),),
+        (("weights/table.py", '0: ("always", "never")', '0: ("never", "never")'),),
     ),
     Mutant(
         "initial A",

@@ -19,6 +19,7 @@ from helpers import make_model, weights_in
 from peft_helpers import CASES, load_peft, make_adapter
 
 from mindspeed_lora.arguments.cli import main
+from mindspeed_lora.arguments.configs import LATENT_TARGETS
 from mindspeed_lora.checkpoint.load import load_adapter
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.sources import open_adapter
@@ -41,8 +42,17 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, str]] = {
     "mixtral": ({}, "mixtral", "default"),
     "qwen2_moe": ({}, "qwen2-moe", "qwen3"),
     "qwen3_moe": ({"mlp_only_layers": []}, "qwen3-moe", "qwen3"),
+    "deepseek_v2_lite": ({}, "deepseek2-lite", "deepseek2-lite"),
+    "deepseek_v2": ({}, "deepseek2", "deepseek2"),
+    "deepseek_v3": ({}, "deepseek3", "deepseek3"),
 }
 LAYERS, RANK, ALPHA, QUESTIONS = 4, 4, 16.0, 3
+
+
+def targets_of(family: str) -> tuple[str, ...]:
+    """Every linear that the family has."""
+    up = LATENT_TARGETS[1 if family == "deepseek_v2_lite" else 0 :]
+    return (*TARGETS, *up) if family.startswith("deepseek") else TARGETS
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ def journey(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         data_path=root / "data",
         split="100,0,0",
         prompt_type=template,
-        lora_target_modules=TARGETS,
+        lora_target_modules=targets_of(request.param),
         lora_r=RANK,
         lora_alpha=ALPHA,
         lora_fusion=True,
@@ -152,8 +162,8 @@ def transformers_model(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def our_logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
-    engine = build_engine(folder, lora=LoraSpec(RANK, ALPHA, TARGETS) if adapter else None, fusion=True, random_b=False)
+def our_logits(folder: Path, adapter: Path | None = None, targets: tuple[str, ...] = TARGETS) -> torch.Tensor:
+    engine = build_engine(folder, lora=LoraSpec(RANK, ALPHA, targets) if adapter else None, fusion=True, random_b=False)
     if adapter is not None:
         load_adapter(engine.stages, open_adapter(adapter), engine.table, engine.context)
     return engine.stages[0](ids())
@@ -163,6 +173,7 @@ def our_logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
 def test_merged_peft_and_our_logits_are_equal(journey: Journey) -> None:
     from peft import PeftModel
 
+    targets = targets_of(journey.family)
     merged = transformers_model(journey / "merged")(input_ids=ids()).logits
     base = transformers_model(journey / "hf")
     unadapted = base(input_ids=ids()).logits
@@ -173,9 +184,9 @@ def test_merged_peft_and_our_logits_are_equal(journey: Journey) -> None:
     by_peft = peft(input_ids=ids()).logits
     for name, logits in {
         "PEFT": by_peft,
-        "our base with our adapter": our_logits(journey / "mg", journey / "lora"),
+        "our base with our adapter": our_logits(journey / "mg", journey / "lora", targets),
         "our engine on the merged model": our_logits(journey / "merged"),
-        "our engine on the PEFT folder": our_logits(journey / "hf", journey / "peft"),
+        "our engine on the PEFT folder": our_logits(journey / "hf", journey / "peft", targets),
     }.items():
         torch.testing.assert_close(logits, merged, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -188,7 +199,9 @@ def test_the_merged_model_keeps_its_config_and_its_tensors(journey: Journey) -> 
     ours, theirs = (transformers_model(journey / folder).state_dict() for folder in ("merged", "hf"))
     assert ours.keys() == theirs.keys()
     changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
-    assert changed == {name for name in ours if re.search(r"(q|k|v|o|gate|up|gate_up|down)_proj(\.weight)?$", name)}
+    assert changed == {
+        name for name in ours if re.search(r"(q|k|v|o|q_a|q_b|kv_b|gate|up|gate_up|down)_proj(\.weight)?$|_with_mqa\.weight$", name)
+    }
 
 
 def test_the_loss_falls(journey: Journey) -> None:

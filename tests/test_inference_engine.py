@@ -63,7 +63,9 @@ def test_the_published_story_is_told_at_every_layout(pool: ProcessPool, tp: int,
     assert all(text == "" for _, text in results[1:]), "only the driver prints"
 
 
-def logits_cell(folder: Path, tp: int, pp: int, ep: int = 1, etp: int | None = None) -> dict[str, torch.Tensor] | None:
+def logits_cell(
+    folder: Path, tp: int, pp: int, ep: int = 1, etp: int | None = None, tokenizer: Path | None = None
+) -> dict[str, torch.Tensor] | None:
     """Prefill of a left-padded batch, a step, rows reordered, a step, cropped, a step; without cache; and scores."""
     from mindspeed_lora.inference.generator import Limits, ParallelCausalLM, Strategy, generate, pad_left
 
@@ -93,8 +95,8 @@ def logits_cell(folder: Path, tp: int, pp: int, ep: int = 1, etp: int | None = N
                 found[f"{name} {use_cache}"] = torch.tensor([text + [-1] * (12 - len(text)) for text in texts])
 
     parallel = ParallelFlags(tp, pp, expert_parallel_size=ep, expert_tensor_parallel_size=etp)
-    tokenizer = TokenizerFlags(shared_data() / "stories260k" / "hf")
-    session = open_session(config_for(folder, tp, pp, tokenizer=tokenizer, parallel=parallel), all_replicas=False)
+    words = TokenizerFlags(tokenizer or shared_data() / "stories260k" / "hf")
+    session = open_session(config_for(folder, tp, pp, tokenizer=words, parallel=parallel), all_replicas=False)
     assert lead(session, work) == 0
     return found or None
 
@@ -106,12 +108,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(tiny: Path) -> dict[str, torch.Tensor]:
+    return by_transformers(tiny)
+
+
+def by_transformers(folder: Path) -> dict[str, torch.Tensor]:
     """The same questions, asked of transformers, without any cache."""
     import transformers
 
     from mindspeed_lora.inference.generator import pad_left
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
     @torch.no_grad()
     def last(rows: list[list[int]], count: int = 1) -> torch.Tensor:
@@ -146,7 +152,10 @@ def reference(tiny: Path) -> dict[str, torch.Tensor]:
 def test_logits_scores_and_tokens_equal_transformers(
     pool: ProcessPool, tiny: Path, reference: dict[str, torch.Tensor], tp: int, pp: int
 ) -> None:
-    found = pool.run(logits_cell, tp * pp, tiny, tp, pp)[0]
+    compare(pool.run(logits_cell, tp * pp, tiny, tp, pp)[0], reference)
+
+
+def compare(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
     for name in ("step", "reordered", "cropped", "shrunk"):
         torch.testing.assert_close(found[name], reference[name], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found["prefill"][:, -1:], reference["prefill"], atol=1e-5, rtol=1e-5)

@@ -12,6 +12,7 @@ from experts_helpers import expected_lora_gradients, merged_folder, reference, r
 from helpers import make_model
 from test_experts_parity import LAYOUTS, _parts
 
+from mindspeed_lora.arguments.configs import RecomputeFlags
 from mindspeed_lora.parallel.collectives import all_reduce
 from mindspeed_lora.parallel.context import build_context
 from mindspeed_lora.parallel.pipeline import PipelineRunner
@@ -35,9 +36,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def _gradient_cell(folder: Path, layout: tuple[int, int, bool], lora: LoraSpec | None, fusion: bool) -> dict[str, Any]:
-    """Loss and this rank's gradients by the table's names, summed over tp where the table says that they are partial."""
+    """Loss and this rank's gradients by the table's names, summed over tp where the table says that they are partial.
+
+    Without fusion, attention is computed again in backward.
+    """
     context = build_context(torch.device("cpu"), *layout)
-    engine = build_engine(folder, context, lora, fusion)
+    engine = build_engine(folder, context, lora, fusion, recompute=RecomputeFlags(None if fusion else "selective"))
     loss = PipelineRunner(engine.stages, context).forward_backward(*batch(), micro_batch_size=1)
     gradients = {}
     for stage in engine.stages:
@@ -57,6 +61,16 @@ def test_logits_equal_transformers(folders: dict[str, Path], family: str) -> Non
     ids = batch()[0]
     expected = reference(folders[family])(input_ids=ids).logits
     torch.testing.assert_close(build_engine(folders[family]).stages[0](ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_documents_of_a_row_do_not_see_each_other(folders: dict[str, Path]) -> None:
+    stage = build_engine(folders[V2]).stages[0]
+    ids, labels, _ = batch(rows=1)
+    packed = stage(ids, labels, document_ends=torch.tensor([[7, 16]], dtype=torch.int32))
+    apart = sum(stage(ids[:, part], labels[:, part]) for part in (slice(7), slice(7, 16)))
+    torch.testing.assert_close(packed, apart, rtol=1e-5, atol=1e-5)
+    assert (packed - stage(ids, labels)).abs() > 1e-2
 
 
 @pytest.mark.parametrize(

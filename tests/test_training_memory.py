@@ -15,7 +15,7 @@ from mindspeed_lora.model.stage import build_stage_modules
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.training.memory import estimate
 from mindspeed_lora.training.sizes import RunSizes, stage_parameters
-from mindspeed_lora.weights.config import ModelConfig
+from mindspeed_lora.weights.config import LatentShape, ModelConfig
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.table import WeightTable
 
@@ -50,6 +50,19 @@ def test_the_total_is_the_sum_of_its_parts_and_grows_with_what_it_should() -> No
     more = estimate(dataclasses.replace(sizes, length=128), 0)
     assert more["activations"] == 2 * parts["activations"] and more["weights"] == parts["weights"]
     assert estimate(dataclasses.replace(sizes, recompute=RecomputeFlags("full", "uniform", 1)), 0)["activations"] < parts["activations"]
+
+
+LATENT = dataclasses.replace(
+    memory_estimate.SMALL, family="deepseek_v2", num_query_groups=4, kv_channels=96, latent=LatentShape(96, 64, 64, 32, 64)
+)
+DIRECT = dataclasses.replace(LATENT, latent=LatentShape(None, 64, 64, 32, 64))
+
+
+@pytest.mark.parametrize(("model", "dtype"), [(LATENT, "bfloat16"), (DIRECT, "float32")])
+def test_latent_attention_keeps_what_is_estimated(model: ModelConfig, dtype: str) -> None:
+    case, device = memory_estimate.Case(True, dtype, RecomputeFlags(), 1, 512), torch.device("cpu")
+    total = estimate(memory_estimate.sizes_of(case, model, device), 0)["total"]
+    assert total == pytest.approx(memory_estimate.allocated_peak(case, model, device), rel=0.15)
 
 
 @pytest.mark.parametrize("lora", [True, False])

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 BASE = "base"  # stands for no adapter, wherever one of several may be named
-LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")  # of every family
+LATENT_TARGETS = ("linear_q_up_proj", "linear_kv_up_proj")  # of latent attention besides
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class LoraFlags:
 
     r: int | None = None
     alpha: float | None = None
-    targets: tuple[str, ...] | None = None  # of LORA_TARGETS
+    targets: tuple[str, ...] | None = None  # of LORA_TARGETS and LATENT_TARGETS
     fusion: bool = False
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_lora.arguments.configs import LORA_TARGETS
+from mindspeed_lora.arguments.configs import LATENT_TARGETS, LORA_TARGETS
 from mindspeed_lora.arguments.flag import CONVERT, EVALUATE, INFER, PREPROCESS, RUNS, TRAIN, Flag, active
 from mindspeed_lora.arguments.values import COUNT, PATH, POSITIVE, TEXT, WHOLE
 
@@ -189,11 +189,11 @@ LORA = [
         "--lora-target-modules",
         (*RUNS, CONVERT),
         "lora",
-        "linears that get an adapter: " + " ".join(LORA_TARGETS),
+        "linears that get an adapter: " + " ".join(LORA_TARGETS) + "; with latent attention also " + " ".join(LATENT_TARGETS),
         TEXT,
         "lora.targets",
         many=True,
-        choices=LORA_TARGETS,
+        choices=(*LORA_TARGETS, *LATENT_TARGETS),
         default_text="the adapter's own; without adapter: none",
     ),
     active("--lora-r", (*RUNS, CONVERT), "lora", "rank of A and B", COUNT, "lora.r", default_text="the adapter's own; new: 16"),

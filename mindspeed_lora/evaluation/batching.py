@@ -3,7 +3,7 @@
 ```
 scoring b rows of s tokens behind a prefix of p, k positions scored:
     activations of one layer   b s (6h + (2 (n + 2g) d + 4f) / t)  x bytes
-    one layer's keys, values   b (p + s) 2 g d / t                 x bytes
+    one layer's keys, values   b (p + s) 2 g d / t                 x bytes (latents: b (p + s) (c + rope), on every rank)
     logits in fp32             b k v                               x 4 bytes, three times (logits, their log-softmax, work space)
 generating b rows up to s tokens:
     every layer's keys, values b s 2 g d / t x layers              x bytes, twice (storage grows by doubling)
@@ -50,10 +50,10 @@ class Room:
 def measure_room(config: ModelConfig, num_layers: int, context: ParallelContext, dtype: torch.dtype, ranks_here: int) -> Room:
     """This rank's, with the weights loaded; ``ranks_here`` share the memory of a machine without accelerators."""
     t, size = context.tp_size, torch.tensor([], dtype=dtype).element_size()
-    keys = config.num_query_groups * config.kv_channels
+    keys = config.num_query_groups * config.kv_channels  # with latent attention, those that the latents are expanded to
     heads = config.num_attention_heads * config.kv_channels
     token = 6 * config.hidden_size + (2 * (heads + 2 * keys) + 4 * config.ffn_per_token) / t
-    cached = 2 * keys / t * size
+    cached = config.cached_per_token / (1 if config.latent else t) * size
     return Room(
         free=SHARE * free_memory_bytes(context.device) / (ranks_here if context.device.type == "cpu" else 1),
         token=token * size,

@@ -2,8 +2,8 @@
 
 Per trained token: 2 per matmul parameter forward, 2 for the activation gradient, 2 for the weight gradient where the
 parameter is trained; of a routed expert, times the share of tokens that pass through it. The head counts as a matmul, the
-embedding look-up does not. Causal attention of a sample of length s: ``2 s^2 n d`` forward (scores and values, half of the
-square), twice that backward; n heads of size d. Recomputation does not count.
+embedding look-up does not. Causal attention of a sample of length s: ``s^2 n (d + d_v)`` forward (scores and values, half of the
+square), twice that backward; n heads, of size d in keys and d_v in values. Recomputation does not count.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def flops_model(config: ModelConfig, table: WeightTable, lora: LoraSpec | None, 
     if config.tied_embeddings:
         head = config.vocab_size * config.hidden_size
         frozen, trained = (frozen + head, trained) if lora else (frozen, trained + head)
-    attention = 6.0 * config.num_layers * config.num_attention_heads * config.kv_channels
+    attention = 3.0 * config.num_layers * config.num_attention_heads * (config.kv_channels + config.value_channels)
     per_token = 4.0 * frozen + 6.0 * trained
     if reference:
         per_token, attention = per_token + 2.0 * (frozen if lora else trained), attention * 4 / 3

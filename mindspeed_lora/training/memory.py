@@ -98,10 +98,18 @@ def layer_bytes_per_token(sizes: RunSizes) -> float:
     model, width, tp = sizes.model, sizes.parameter_bytes, sizes.tp_size
     product = 4 if sizes.widened else width  # of what attention and LoRA's products keep
     outside = tp if sizes.sequence_parallel else 1  # what lies between the cut matrices
+    total = (3 * width * model.hidden_size + 8) / outside  # each norm: input, 1/rms; and the first one's output, which the linear keeps
+    total += 2 * product * _rank(sizes)  # u = x A^T of linear_qkv and linear_proj
+    total += _latent_attention(sizes, product) if model.latent else _attention(sizes, product)
+    return total + _mlp_bytes_per_token(sizes)
+
+
+def _attention(sizes: RunSizes, product: int) -> float:
+    """Per token, between linear_qkv and linear_proj."""
+    model, width, tp = sizes.model, sizes.parameter_bytes, sizes.tp_size
     heads, groups = model.num_attention_heads, model.num_query_groups
-    hidden, queries, keys = model.hidden_size, heads * model.kv_channels, groups * model.kv_channels
-    total = (3 * width * hidden + 8) / outside  # each norm: input, 1/rms; and the attention's output, which the linear keeps
-    total += 2 * product * _rank(sizes)  # u = x A^T of the attention's linears
+    queries, keys = heads * model.kv_channels, groups * model.kv_channels
+    total = 0.0
     if model.qk_layernorm:
         total += (width * queries + 4 * (heads + groups)) / tp  # a contiguous copy of the queries; 1/rms
     separate = sizes.widened
@@ -110,7 +118,23 @@ def layer_bytes_per_token(sizes: RunSizes) -> float:
     total += product * (queries + keys + (keys if separate else 0)) / tp  # rotated query and key, and a widened value
     total += (product * queries + 4 * heads) / tp  # attention's output and log-sum-exp
     total += width * queries / tp if separate else 0  # its output, narrowed again for linear_proj
-    return total + _mlp_bytes_per_token(sizes)
+    return total
+
+
+def _latent_attention(sizes: RunSizes, product: int) -> float:
+    """The same with latent attention: latents as they come, normed, and expanded; values as wide as the queries for attention."""
+    model, width, tp = sizes.model, sizes.parameter_bytes, sizes.tp_size
+    latent, heads = model.latent, model.num_attention_heads / sizes.tp_size
+    assert latent is not None
+    outside = tp if sizes.sequence_parallel and latent.q_rank else 1
+    latents = (latent.q_rank or 0) + latent.kv_rank
+    down = latents + latent.rope_head_dim + (0 if latent.q_rank else heads * latent.query_head_dim)
+    total = (width * down + 8) / outside  # linear_qkv's output, of which the norms keep views; 1/rms
+    total += width * (latents + (latent.rope_head_dim if tp > 1 and latent.q_rank else 0))  # normed, whole: for the up projections
+    total += width * model.hidden_size if sizes.sequence_parallel and not latent.q_rank else 0  # gathered for linear_qkv
+    total += 2 * product * _rank(sizes)  # u of the two up projections
+    total += product * 4 * heads * latent.query_head_dim + 4 * heads  # attention's query, key, padded value and output; log-sum-exp
+    return total + width * heads * latent.value_head_dim  # its output without the padding, for linear_proj
 
 
 def _rank(sizes: RunSizes) -> int:

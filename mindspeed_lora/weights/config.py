@@ -71,7 +71,7 @@ class ModelConfig:
     num_layers: int  # num_hidden_layers
     num_attention_heads: int
     num_query_groups: int  # num_key_value_heads
-    kv_channels: int  # head_dim; not always hidden_size / num_attention_heads
+    kv_channels: int  # head_dim; not always hidden_size / num_attention_heads; with latent attention nope + rope
     vocab_size: int
     padded_vocab_size: int  # rows of the embedding; vocab_size where nothing was padded
     norm_epsilon: float  # rms_norm_eps
@@ -86,6 +86,17 @@ class ModelConfig:
     experts: ExpertShape | None = None
     latent: LatentShape | None = None
     left_out_layers: int = 0  # multi-token-prediction layers that follow the model's own in the files, and are not converted
+
+    @property
+    def value_channels(self) -> int:
+        """Size of one value head; query and key heads have ``kv_channels``."""
+        return self.latent.value_head_dim if self.latent else self.kv_channels
+
+    @property
+    def cached_per_token(self) -> int:
+        """Numbers that attention remembers of a position in one layer, of all heads together."""
+        latent = self.latent
+        return latent.kv_rank + latent.rope_head_dim if latent else 2 * self.num_query_groups * self.kv_channels
 
     @property
     def ffn_per_token(self) -> int:

@@ -266,7 +266,7 @@ class WeightTable:
         Raises:
             UsageError: a target matches nothing.
         """
-        known = [row.module for row in self.rows if row.module]
+        known = {row.module for row in self.rows if row.module}
         for target in targets:
             if target not in known:
                 raise UsageError(
