@@ -64,9 +64,13 @@ def next_commands(plan: TrainingPlan, context: ParallelContext) -> list[str]:
         base, adapter = save.resolve(), []
     template = (plan.dataset.manifest.template if plan.dataset.manifest else None) or {}
     prompt_type = template_words(template)
-    replica = context.tp_size * context.pp_size
+    replica = context.tp_size * context.pp_size * context.dp_ranks_of_replica
     launch = ["torchrun", "--nproc_per_node", str(replica), "inference.py"] if replica > 1 else ["python", "inference.py"]
     layout = ["--tensor-model-parallel-size", str(context.tp_size), "--pipeline-model-parallel-size", str(context.pp_size)]
+    if context.experts.ep_size > 1:
+        layout += ["--expert-model-parallel-size", str(context.experts.ep_size)]
+    if context.experts.tp_size < context.tp_size:
+        layout += ["--expert-tensor-parallel-size", str(context.experts.tp_size)]
     ask = [*launch, *layout, "--load", str(base), *adapter, *prompt_type, "--task", "greedy", "--prompt", "how are you?"]
     kind = "hf" if base == Path(plan.start.base.path).resolve() and plan.start.base.kind == "hf" and adapter else "mg"
     export = ["python", "convert_ckpt.py", "--load-model-type", kind, "--save-model-type", "hf", "--load-dir", str(base), *adapter]

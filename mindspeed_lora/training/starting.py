@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 from mindspeed_lora.arguments.configs import TrainConfig
 from mindspeed_lora.checkpoint.load import LoadReport
@@ -23,9 +24,17 @@ def describe_config(config: TrainConfig) -> list[str]:
     """``group.field: value`` of everything that is set."""
     lines = []
     for key, value in asdict(config).items():
-        fields = value.items() if isinstance(value, dict) else ((None, value),)
-        lines += [f"{key if name is None else f'{key}.{name}'}: {item}" for name, item in fields if item is not None]
+        lines += [f"{name}: {item}" for name, item in _fields(key, value)]
     return lines
+
+
+def _fields(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The values under a name that are set; those of an object by ``name.field``."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _fields(f"{name}.{key}", item)
+    elif value is not None:
+        yield name, value
 
 
 def describe_layout(plan: TrainingPlan, context: ParallelContext) -> str:
