@@ -18,7 +18,7 @@ from mindspeed_lora.parallel.grouped import GroupedLinear, choose_products
 from mindspeed_lora.parallel.pipeline import PipelineRunner
 
 EXPERTS, IN, OUT, RANK, SCALE = 4, 24, 16, 8, 2.0
-LENGTHS = {"usual": (7, 0, 30, 3), "one takes all": (0, 0, 40, 0), "many rows": (70, 90, 0, 80), "none": (0, 0, 0, 0)}
+LENGTHS = {"usual": (7, 0, 60, 3), "one takes all": (0, 0, 80, 0), "few rows": (1, 0, 2, 0), "none": (0, 0, 0, 0)}
 CPU = torch.device("cpu")
 KINDS = [
     Sequential(),
