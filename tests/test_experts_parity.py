@@ -111,8 +111,9 @@ def test_what_is_not_there_for_experts_is_refused(folders: dict[str, Path]) -> N
     from mindspeed_lora.parallel.on_demand import BaseStorage, Plain
     from mindspeed_lora.weights.lora_spec import ModuleLora
 
-    with pytest.raises(UsageError, match="--fsdp-base and --qlora hold the linears of dense layers"):
-        build_engine(folders["mixtral"], make_storage=lambda: BaseStorage(single_process_context(), Plain(), False))
+    two_replicas = replace(single_process_context(), dp_size=2)
+    with pytest.raises(UsageError, match="--fsdp-base does not cut experts over data parallelism; use --expert-model-parallel-size"):
+        build_engine(folders["mixtral"], two_replicas, make_storage=lambda: BaseStorage(two_replicas, Plain(), True))
     own = {"decoder.layers.0.mlp.experts.local_experts.0.linear_fc1": ModuleLora((4, 4), (8.0, 8.0))}
     with pytest.raises(UsageError, match="of its own for each expert"):
         build_engine(folders["mixtral"], lora=replace(SPEC, modules=own))

@@ -16,6 +16,7 @@ from mindspeed_lora.arguments.configs import RecomputeFlags
 from mindspeed_lora.errors import MindSpeedLoraError, UsageError
 from mindspeed_lora.ops.nf4 import Nf4, check_nf4
 from mindspeed_lora.parallel.context import build_context, single_process_context
+from mindspeed_lora.parallel.grouped import GroupedLinear
 from mindspeed_lora.parallel.on_demand import BaseStorage
 from mindspeed_lora.parallel.pipeline import PipelineRunner
 
@@ -64,6 +65,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_exactly_a_run_on_the_decoded_weights(folder: Path, recompute: RecomputeFlags, dtype: torch.dtype) -> None:
     found, expected, unequal = compare(folder, 1, 1, False, recompute, dtype)
     assert found == expected and unequal == []
+
+
+@pytest.mark.parametrize(("dtype", "recompute"), [(torch.float32, RecomputeFlags()), (torch.bfloat16, UNIFORM)])
+def test_experts_in_4_bits_are_exactly_a_run_on_the_decoded_weights(tmp_path: Path, recompute: RecomputeFlags, dtype: torch.dtype) -> None:
+    """Every expert's two matrices, the shared expert's and attention's; the router and gates stay whole."""
+    pytest.importorskip("bitsandbytes")
+    folder = make_model(tmp_path, "qwen2_moe")
+    found, expected, unequal = compare(folder, 1, 1, False, recompute, dtype)
+    assert found == expected and unequal == []
+
+    context = single_process_context()
+    held = build_engine(folder, make_storage=lambda: BaseStorage(context, Nf4(), False)).stages[0]
+    assert held.storage is not None
+    for layer in held.storage.layers:
+        layer.fill()
+    decoded = dict(held.named_parameters())
+    for name, whole in build_engine(folder).stages[0].named_parameters():  # each expert at its own place
+        for one, other in zip(decoded[name], whole, strict=True) if ".experts." in name else ():
+            assert (one - other).norm() < 0.15 * other.norm(), name
+
+
+def test_an_expert_that_does_not_fill_its_blocks_is_refused() -> None:
+    pytest.importorskip("bitsandbytes")
+    layer = GroupedLinear(2, 6, 10, torch.float32, torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"--qlora codes 64 values together, which \(10, 6\) of an expert does not fill"):
+        BaseStorage(single_process_context(), Nf4(), False).take(layer, [layer.weight])
 
 
 @pytest.mark.parametrize(("processes", "tp", "pp"), [(2, 1, 1), (4, 2, 1), (4, 1, 2)])

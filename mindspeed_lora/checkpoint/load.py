@@ -41,17 +41,19 @@ def load_base(stages: Sequence[GPTStage], base: Base, table: WeightTable, contex
     base.check_coverage(table)
     count = 0
     for stage in stages:
-        for name, parameter in named_slices(stage.named_parameters(), stage.experts):
-            if ".lora_" in name:
+        storage: BaseStorage | None = getattr(stage, "storage", None)
+        for stacked, whole in stage.named_parameters():
+            if ".lora_" in stacked:
                 continue
-            row, layer = table.parse(name.replace(".base_layer", ""))
-            rank, size = context.cut(row.expert is not None)
-            storage: BaseStorage | None = getattr(stage, "storage", None)
-            if storage is not None and (holder := storage.holder(parameter)) is not None:
-                holder.load(parameter, partial(table.shard_rows, row, base.parts(row, layer), rank, size))
-            else:
-                _copy(parameter, base.shard(table, row, layer, rank, size), name, base.path)
-            count += 1
+            holder = None if storage is None else storage.holder(whole)
+            for number, (name, parameter) in enumerate(named_slices([(stacked, whole)], stage.experts)):
+                row, layer = table.parse(name.replace(".base_layer", ""))
+                rank, size = context.cut(row.expert is not None)
+                if holder is not None:
+                    holder.load(whole, partial(table.shard_rows, row, base.parts(row, layer), rank, size), number)
+                else:
+                    _copy(parameter, base.shard(table, row, layer, rank, size), name, base.path)
+                count += 1
     return LoadReport(base=count)
 
 

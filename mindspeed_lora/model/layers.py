@@ -135,12 +135,10 @@ class TransformerLayer(nn.Module):
         self.mlp = (MixtureOfExperts if config.has_experts(layer) else MLP)(config, context, dtype)
 
     def linear_weights(self) -> list[nn.Parameter]:
-        """The weights of the four linears, which make up nearly all of a layer."""
-        assert isinstance(self.mlp, MLP)
-        return [
-            linear.weight
-            for linear in (self.self_attention.linear_qkv, self.self_attention.linear_proj, self.mlp.linear_fc1, self.mlp.linear_fc2)
-        ]
+        """The weights of attention's and the MLP's linears, of stacked and shared experts too: nearly all of a layer."""
+        blocks = (self.mlp.experts, self.mlp.shared_experts) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp,)
+        linears = [linear for block in blocks if block is not None for linear in (block.linear_fc1, block.linear_fc2)]
+        return [linear.weight for linear in (self.self_attention.linear_qkv, self.self_attention.linear_proj, *linears)]
 
     def forward(self, hidden: torch.Tensor, rotary: RotaryTables, attend: Attend = None, balance: MicroBatch | None = None) -> torch.Tensor:
         """``[s, b, h]`` (SP: ``[s/t, b, h]``) -> the same."""

@@ -55,9 +55,11 @@ class Decoder(nn.Module):
         storage: BaseStorage | None,
     ) -> None:
         super().__init__()
-        if storage is not None and (config.experts is not None or config.latent is not None):
+        if storage is not None and config.latent is not None:
+            raise UsageError("--fsdp-base and --qlora do not hold latent attention's linears; leave them out for this model")
+        if storage is not None and storage.sharded and config.experts is not None:
             raise UsageError(
-                "--fsdp-base and --qlora hold the linears of dense layers; leave them out for a model with experts or latent attention"
+                "--fsdp-base does not cut experts over data parallelism; use --expert-model-parallel-size, or --qlora without --fsdp-base"
             )
         core = recompute.granularity == "selective"
         self.layers = nn.ModuleDict()

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mindspeed_lora.errors import UsageError
 from mindspeed_lora.parallel.collectives import start_gather_into
 from mindspeed_lora.parallel.context import ParallelContext
 
@@ -109,6 +110,9 @@ class OnDemandLayer:
         block, dtype, device = storage.codec.block, self.weights[0].dtype, self.weights[0].device
         self.offsets, position = [], 0
         for weight in self.weights:
+            if weight.dim() > 2 and weight[0].numel() % block:
+                shape = tuple(weight.shape[1:])
+                raise UsageError(f"--qlora codes {block} values together, which {shape} of an expert does not fill; leave it out")
             self.offsets.append(position)
             position += _round_up(weight.numel(), block)
         parts = storage.context.dp_size if storage.sharded else 1
@@ -127,13 +131,13 @@ class OnDemandLayer:
         layer.register_forward_hook(self._after_forward)
 
     @torch.no_grad()
-    def load(self, weight: torch.Tensor, rows: Rows) -> None:
-        """Take this rank's part of one weight ``[out, in]``; only the rows that hold it are asked for."""
-        offset = self.offsets[next(number for number, own in enumerate(self.weights) if own is weight)]
-        first, last = max(self.start, offset), min(self.stop, offset + weight.numel())
+    def load(self, weight: torch.Tensor, rows: Rows, number: int = 0) -> None:
+        """Take this rank's part of one matrix ``[out, in]``, of a stack that of ``number``; only the rows that hold it are asked for."""
+        size, width = weight.shape[-2:].numel(), weight.shape[-1]
+        offset = self.offsets[next(index for index, own in enumerate(self.weights) if own is weight)] + number * size
+        first, last = max(self.start, offset), min(self.stop, offset + size)
         if last <= first:
             return
-        width = weight.shape[1]
         low, high = (first - offset) // width, -(-(last - offset) // width)
         values = rows(low, high).to(device=weight.device, dtype=weight.dtype).reshape(-1)
         values = values[first - offset - low * width : last - offset - low * width]

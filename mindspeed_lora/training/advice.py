@@ -58,10 +58,9 @@ def changes(sizes: RunSizes, machine: Machine) -> Iterator[tuple[str, RunSizes]]
         yield "--use-distributed-optimizer", replace(sizes, sharded_optimizer=True)
     if sizes.model.experts is not None:
         yield from _expert_layouts(sizes)
-        return
-    if sizes.lora and sizes.dp_size > 1 and not sizes.fsdp_base:
+    elif sizes.lora and sizes.dp_size > 1 and not sizes.fsdp_base:
         yield "--fsdp-base", replace(sizes, fsdp_base=True)
-    if sizes.lora and not sizes.qlora and not machine.name.startswith("atlas"):
+    if sizes.lora and not sizes.qlora and sizes.model.latent is None and not machine.name.startswith("atlas"):
         yield "--qlora", replace(sizes, qlora=True)
 
 
