@@ -131,12 +131,14 @@ def main() -> int:
     parser = common.parser(__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--experts", action="store_true", help="models with experts")
+    parser.add_argument("--cases", type=int, nargs="+", help="measure these alone, counted from 0 (default: all)")
     options = parser.parse_args()
     device = torch.device(options.device)
     cases, models = (EXPERT_CASES, (GIB_EXPERTS, SMALL_EXPERTS)) if options.experts else (CASES, (GIB_MODEL, SMALL))
     model = models[options.dry_run]
     results: list[dict[str, Any]] = []
-    for case in cases[:2] if options.dry_run else cases:
+    cases = cases[:2] if options.dry_run else cases
+    for case in [cases[number] for number in options.cases or range(len(cases))]:
         parts = estimate(sizes_of(case, model, device), 0)
         peak = allocated_peak(case, model, device)
         error = parts["total"] / peak - 1
