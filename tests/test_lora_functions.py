@@ -19,37 +19,39 @@ SEQUENCE, BATCH, HIDDEN, FFN, RANK = 8, 2, 12, 16, 3
 SCALE = 2.0
 
 
-def _tensors() -> dict[str, torch.Tensor]:
+def _tensors(sequence: int = SEQUENCE, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = {
-        "x": (SEQUENCE, BATCH, HIDDEN),
         "w1": (FFN, HIDDEN),
         "a1": (RANK, HIDDEN),
         "b1": (FFN, RANK),
         "w2": (HIDDEN, FFN),
         "a2": (RANK, FFN),
         "b2": (HIDDEN, RANK),
-        "dy": (SEQUENCE, BATCH, HIDDEN),
+        "x": (sequence, BATCH, HIDDEN),  # behind the weights, which do not depend on its length
+        "dy": (sequence, BATCH, HIDDEN),
     }
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
 
 
-def _reference() -> dict[str, torch.Tensor]:
-    t = {name: value.requires_grad_(name in ("x", "a1", "b1", "a2", "b2")) for name, value in _tensors().items()}
+def _reference(sequence: int = SEQUENCE, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """In float64, over values rounded to ``dtype``."""
+    drawn = _tensors(sequence, dtype).items()
+    t = {name: value.double().requires_grad_(name in ("x", "a1", "b1", "a2", "b2")) for name, value in drawn}
     hidden = torch.tanh(t["x"] @ (t["w1"] + SCALE * t["b1"] @ t["a1"]).t())
     y = hidden @ (t["w2"] + SCALE * t["b2"] @ t["a2"]).t()
     y.backward(t["dy"])
     return {"y": y.detach(), **{name: t[name].grad for name in ("x", "a1", "b1", "a2", "b2")}}
 
 
-def _pair(context: ParallelContext, fusion: bool) -> tuple[torch.nn.Module, torch.nn.Module]:
+def _pair(context: ParallelContext, fusion: bool, dtype: torch.dtype = torch.float64) -> tuple[torch.nn.Module, torch.nn.Module]:
     """A column and a row layer with LoRA, holding this rank's part of the tensors."""
     from mindspeed_lora.lora.layers import ParallelLoraLinear
     from mindspeed_lora.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
     t, size, rank = _tensors(), context.tp_size, context.tp_rank
-    column = ColumnParallelLinear(HIDDEN, FFN, context, dtype=torch.float64)
-    row = RowParallelLinear(FFN, HIDDEN, context, dtype=torch.float64)
+    column = ColumnParallelLinear(HIDDEN, FFN, context, dtype=dtype)
+    row = RowParallelLinear(FFN, HIDDEN, context, dtype=dtype)
     layers = []
     for base, (w, a, b), (w_dim, a_dim, b_dim) in ((column, ("w1", "a1", "b1"), (0, None, 0)), (row, ("w2", "a2", "b2"), (1, 1, None))):
         layer = ParallelLoraLinear(base, "default", r=RANK, lora_alpha=SCALE * RANK)
@@ -75,11 +77,13 @@ def _frozen_calls(tp_size: int) -> list[tuple[str, int]]:
     return calls
 
 
-def _run_pair(tp_size: int, sequence_parallel: bool, fusion: bool) -> dict[str, Any]:
+def _run_pair(
+    tp_size: int, sequence_parallel: bool, fusion: bool, sequence: int = SEQUENCE, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
     context = build_context(torch.device("cpu"), tp_size, 1, sequence_parallel)
-    t = _tensors()
+    t = _tensors(sequence, dtype)
     local = (lambda value: value.chunk(tp_size, 0)[context.tp_rank]) if context.sequence_parallel else (lambda value: value)
-    column, row = _pair(context, fusion)
+    column, row = _pair(context, fusion, dtype)
     x = local(t["x"]).clone().requires_grad_()
     with counted() as calls:
         y = row(torch.tanh(column(x)))
@@ -121,6 +125,15 @@ def test_pair_equals_one_linear(pool: Any, tp_size: int, sequence_parallel: bool
     got = _assemble(results, sequence_parallel)
     for name, expected in _reference().items():
         torch.testing.assert_close(got[name], expected, rtol=1e-11, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("tp_size", "sequence_parallel", "sequence"), [(1, False, 40), (2, False, 40), (2, True, 40), (2, True, 80)])
+def test_bf16_of_many_rows_is_within_its_rounding(pool: Any, tp_size: int, sequence_parallel: bool, sequence: int) -> None:
+    """From 64 rows on a CPU may multiply in fp32 (40 x 2 cut over two ranks: the whole alone has as many); lost terms are 30 % and more."""
+    results = pool.run(_run_pair, tp_size, tp_size, sequence_parallel, True, sequence, torch.bfloat16)
+    got = _assemble(results, sequence_parallel)
+    for name, expected in _reference(sequence, torch.bfloat16).items():
+        assert float((got[name].double() - expected).norm() / expected.norm()) < 0.02, name
 
 
 def test_fused_pair_makes_the_frozen_pairs_collectives(pool: Any) -> None:
