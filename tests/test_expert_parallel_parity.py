@@ -253,6 +253,22 @@ def test_replicas_that_share_experts_cut_a_step_alike(pool: Any, folders: dict[s
     assert all(loss > 0 for _, loss in results[1::2] if loss)
 
 
+def _untrained(folder: Path, pp_size: int) -> list[float]:
+    """Nothing of the second replica's rows is trained, but its experts have the first one's tokens, forward and backward."""
+    context = build_context(torch.device("cpu"), 1, pp_size, False, 2)
+    engine = build_engine(folder, context, SPEC)
+    ids, labels, weights = batch(rows=2)
+    PipelineRunner(engine.stages, context).forward_backward(ids, torch.full_like(labels, -100) if context.dp_rank else labels, weights, 1)
+    named = [(name, parameter.grad) for stage in engine.stages for name, parameter in stage.named_parameters() if ".experts." in name]
+    return [float(gradient.abs().max()) for _, gradient in named if gradient is not None]
+
+
+@pytest.mark.parametrize("pp_size", [1, 2])
+def test_a_replica_without_trained_tokens_still_works_for_the_others(pool: Any, folders: dict[str, Path], pp_size: int) -> None:
+    for peaks in pool.run(_untrained, 2 * pp_size, folders["mixtral"], pp_size, timeout=60):
+        assert peaks and min(peaks) > 0
+
+
 def _nothing_to_send() -> list[tuple[int, ...]]:
     from mindspeed_lora.parallel.dispatch import from_experts, plan_exchange, to_experts
 
