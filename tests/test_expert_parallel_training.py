@@ -120,6 +120,10 @@ CUT = {
         4,
         {"parallel__tensor_parallel_size": 2, "parallel__expert_parallel_size": 4, "parallel__expert_tensor_parallel_size": 1},
     ),
+    "tp2ep2extended": (
+        4,
+        {"parallel__tensor_parallel_size": 2, "parallel__expert_parallel_size": 2, "parallel__experts_over_tensor_ranks": True},
+    ),
     "one": (1, {}),
 }
 
@@ -131,6 +135,7 @@ CUT = {
         (True, False, ("tp2", "tp2ep4etp1")),
         (True, True, ("tp2pp2ep2", "one")),
         (False, True, ("tp2ep4etp1", "ep2")),
+        (True, True, ("tp2ep2extended", "tp2ep2extended")),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
 )
@@ -156,6 +161,9 @@ def test_a_run_continues_at_another_layout(
         assert all(torch.equal(value, peft[name]) for name, value in parted.items()), "PEFT's form holds the same"
     if layouts == ("tp2pp2ep2", "one"):
         assert len(list((tmp_path / "parted" / "iter_0000003").glob("mp_rank_??_???_???"))) == 8
+    if layouts == ("tp2ep2extended", "tp2ep2extended"):
+        folders = sorted(path.name for path in (tmp_path / "parted" / "iter_0000006").glob("mp_rank_*"))
+        assert folders == ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"]
     if layouts == ("tp2", "tp2ep4etp1"):
         folders = sorted(path.name for path in (tmp_path / "parted" / "iter_0000006").glob("mp_rank_*"))
         assert folders == ["mp_rank_00_000", "mp_rank_00_002", "mp_rank_01_001", "mp_rank_01_003"]
@@ -207,6 +215,8 @@ def test_the_estimate_counts_what_a_rank_holds(pool: ProcessPool, workspace: Pat
         ("qwen2_moe", {"parallel__expert_parallel_size": 3}, 3, r"--expert-model-parallel-size 3: 4 experts .* use one of \[1, 2, 4\]"),
         ("qwen2_moe", {"parallel__expert_parallel_size": 4}, 2, "= 4 does not divide the 2 processes of a pipeline stage"),
         ("qwen2_moe", {"parallel__expert_tensor_parallel_size": 2}, 2, "--expert-tensor-parallel-size 2 is not supported; use 1 or"),
+        ("qwen2_moe", dict(parallel__experts_over_tensor_ranks=True, parallel__expert_tensor_parallel_size=2), 2, "moe-tp-extend-ep deals"),
+        ("qwen3", {"parallel__experts_over_tensor_ranks": True}, 1, "--moe-tp-extend-ep: a qwen3 model has no experts"),
         ("qwen3", {"parallel__expert_parallel_size": 2}, 2, "--expert-model-parallel-size 2: a qwen3 model has no experts; leave"),
         ("qwen3", {"parallel__expert_tensor_parallel_size": 2}, 2, "--expert-tensor-parallel-size 2: a qwen3 model has no experts"),
     ],

@@ -21,7 +21,6 @@ PATHS = {"--load", "--lora-load", "--tokenizer-name-or-path", "--task-data-path"
 OTHER_REASONS = {
     *("--context-parallel-size", "--num-layer-list", "--noop-layers", "--mtp-num-layers", "--mtp-loss-scaling-factor"),
     *("--mtp-mem-efficient-logits", "--alternative-prompt", "--npu-deterministic", "--input-layernorm-in-fp32", "--tokenizer-model"),
-    *("--expert-model-parallel-size", "--moe-grouped-gemm", "--moe-tp-extend-ep"),
 }
 NOT_THIS_MODEL = {"mixtral/tune_mixtral_8x7b_lora_ptd": "--moe-router-topk 1 contradicts"}  # one expert a token, where the model takes two
 

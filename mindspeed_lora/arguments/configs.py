@@ -101,6 +101,14 @@ class ParallelFlags:
     sequence_parallel: bool = False
     expert_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None  # 1, or the tensor parallel size (None)
+    experts_over_tensor_ranks: bool = False  # --moe-tp-extend-ep: EP counts groups of tensor ranks, and experts are uncut
+
+    @property
+    def expert_grid(self) -> tuple[int, int | None]:
+        """Over how many ranks the experts are dealt out, and over how many each is cut (None: the tensor parallel size)."""
+        if self.experts_over_tensor_ranks:
+            return self.expert_parallel_size * self.tensor_parallel_size, 1
+        return self.expert_parallel_size, self.expert_tensor_parallel_size
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,14 @@ LAYOUT = [
         default_text="the tensor parallel size",
     ),
     active(
+        "--moe-tp-extend-ep",
+        RUNS,
+        "layout",
+        "deal experts out over the tensor ranks too, uncut: over EP x TP ranks",
+        None,
+        "parallel.experts_over_tensor_ranks",
+    ),
+    active(
         "--num-layers-per-virtual-pipeline-stage",
         (TRAIN,),
         "layout",

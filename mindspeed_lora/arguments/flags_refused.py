@@ -13,10 +13,6 @@ LINEAR_ATTENTION = "linear attention (Qwen3-Next, Mamba) is not supported; Qwen3
 PLACEMENT = "uneven and empty layers come with a later release; use a pipeline size that divides the number of layers"
 TORCHRUN = "this flag belongs to torchrun: put it before the name of the program"
 
-EXPERT_FLAGS = [
-    *refused("moe-tp-extend-ep", RUNS, "experts dealt out over tensor ranks come with a later release; leave the flag out"),
-]
-
 LATENT_FLAGS = [
     *refused("index-topk index-n-heads", MODELS, SPARSE, TEXT),
     *refused("enable-dsa-indexer use-fused-lightning-indexer enable-mla-scale-q-lora enable-mla-scale-kv-lora", MODELS, SPARSE),
@@ -81,4 +77,4 @@ RUN_FLAGS = [
     *refused("nproc_per_node nnodes node_rank master_addr master_port local-rank local_rank", COMMANDS, TORCHRUN, TEXT),
 ]
 
-FLAGS: list[Flag] = [*EXPERT_FLAGS, *LATENT_FLAGS, *FAMILY_FLAGS, *DATA_FLAGS, *RUN_FLAGS]
+FLAGS: list[Flag] = [*LATENT_FLAGS, *FAMILY_FLAGS, *DATA_FLAGS, *RUN_FLAGS]

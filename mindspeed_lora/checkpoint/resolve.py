@@ -54,13 +54,23 @@ def check_architecture(config: ModelConfig, flags: ArchitectureFlags, source: st
 
 
 def run_layout(parallel: ParallelFlags) -> Layout:
-    """The layout of a run, and of what it saves."""
+    """The layout of a run, and of what it saves.
+
+    Raises:
+        UsageError: experts would have to be both cut and uncut.
+    """
+    if parallel.experts_over_tensor_ranks and parallel.expert_tensor_parallel_size not in (None, 1):
+        raise UsageError(
+            f"--moe-tp-extend-ep deals out whole experts, --expert-tensor-parallel-size {parallel.expert_tensor_parallel_size} cuts them; "
+            "leave one of the two out"
+        )
     return Layout(
         parallel.tensor_parallel_size,
         parallel.pipeline_parallel_size,
         parallel.layers_per_virtual_stage,
         expert_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        experts_over_tensor_ranks=parallel.experts_over_tensor_ranks,
     )
 
 

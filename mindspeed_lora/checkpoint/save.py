@@ -112,7 +112,8 @@ def _write_model(
     args.skipped_train_samples = state.skipped_samples
     models = rank_models(stages, target.lora_only)
     place = (context.tp_rank, context.pp_rank, context.tp_size, context.pp_size)
-    experts = (context.experts.ep_rank, context.experts.ep_size)
+    ep_size = target.layout.expert_parallel_size  # of EP x TP ranks with --moe-tp-extend-ep, whose folders name both
+    experts = (context.experts.ep_rank * ep_size // context.experts.ep_size, ep_size)
     path = write_rank_file(folder, *place, models, args, state.iteration, expert=experts)
     return part_of(folder, path)
 

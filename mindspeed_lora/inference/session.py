@@ -106,8 +106,8 @@ def open_session(
         parallel.pipeline_parallel_size,
         sequence_parallel=False,
         timeout_minutes=config.runtime.distributed_timeout_minutes,
-        expert_parallel_size=parallel.expert_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        expert_parallel_size=parallel.expert_grid[0],
+        expert_tensor_parallel_size=parallel.expert_grid[1],
         same_tokens=True,
     )
     channels = open_channels(context)

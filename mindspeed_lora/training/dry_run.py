@@ -54,8 +54,8 @@ def dry_run(config: TrainConfig) -> int:
 def _devices(config: TrainConfig, machine: Machine | None) -> int:
     """World size: the flag, torchrun's, the machine's, or one replica."""
     parallel = config.parallel
-    stage = parallel.expert_parallel_size * (parallel.expert_tensor_parallel_size or parallel.tensor_parallel_size)
-    replica = max(parallel.tensor_parallel_size, stage) * parallel.pipeline_parallel_size
+    ep_size, etp_size = parallel.expert_grid
+    replica = max(parallel.tensor_parallel_size, ep_size * (etp_size or parallel.tensor_parallel_size)) * parallel.pipeline_parallel_size
     found = config.dry_run_devices or (world_size_from_environment() if "WORLD_SIZE" in os.environ else 0)
     if not found:
         return max(machine.devices, replica) if machine else replica

@@ -69,8 +69,8 @@ class ModelPlan:
             tp_size=parallel.tensor_parallel_size,
             pp_size=parallel.pipeline_parallel_size,
             dp_size=self.dp_size,
-            ep_size=parallel.expert_parallel_size,
-            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+            ep_size=parallel.expert_grid[0],
+            expert_tensor_parallel_size=parallel.expert_grid[1],
             layers_per_virtual_stage=parallel.layers_per_virtual_stage,
             sequence_parallel=parallel.sequence_parallel,
             micro_batch_size=config.micro_batch_size,
@@ -119,7 +119,7 @@ def plan_model(config: TrainConfig, world_size: int, start: StartPoint | None = 
     check_save_folder(config.save.save, start)
     layout = run_layout(parallel)
     model = resolve_model_config(start.base, config.architecture, layout)
-    check_expert_grid(dp_size, layout.tensor_parallel_size, layout.expert_parallel_size, layout.expert_tensor_parallel_size)
+    check_expert_grid(dp_size, parallel.tensor_parallel_size, *parallel.expert_grid)
     table = WeightTable(model)
     table.check_tensor_parallel(parallel.tensor_parallel_size)
     table.check_pipeline(parallel.pipeline_parallel_size, parallel.layers_per_virtual_stage)

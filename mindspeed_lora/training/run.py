@@ -63,8 +63,7 @@ def train(config: TrainConfig) -> int:
         parallel.pipeline_parallel_size,
         parallel.sequence_parallel,
         config.runtime.distributed_timeout_minutes,
-        parallel.expert_parallel_size,
-        parallel.expert_tensor_parallel_size,
+        *parallel.expert_grid,
     )
     try:
         _run(plan, context)
