@@ -83,11 +83,9 @@ def make_model(folder: Path, shape: dict[str, int]) -> Path:
         def part_dtypes(self, row: Row, layer: int | None) -> list[torch.dtype]:
             return [torch.bfloat16] * len(row.part_shapes)
 
-        def parts(self, row: Row, layer: int | None) -> list[torch.Tensor]:
-            return [torch.empty(size, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator) for size in row.part_shapes]
-
-        def vocabulary_blocks(self, row: Row, start: int, stop: int) -> list[torch.Tensor]:
-            return [part[start:stop] for part in self.parts(row, None)]
+        def blocks(self, row: Row, layer: int | None, ranges: list[tuple[int, int, int]]) -> list[torch.Tensor]:
+            shapes = [(stop - start, *row.part_shapes[part][1:]) for part, start, stop in ranges]
+            return [torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator) for shape in shapes]
 
     write_hugging_face(folder, Random(), WeightTable(model_config_from_hf(folder)))  # type: ignore[arg-type]
     return folder

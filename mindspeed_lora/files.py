@@ -7,12 +7,14 @@ import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 _CHUNK_BYTES = 1 << 22
+_CRC32_POLYNOMIAL = 0xEDB88320  # without x^32, the bit of x^31 lowest
 
 
 def temporary_name(path: Path) -> Path:
@@ -77,3 +79,34 @@ def crc32_of(path: Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             value = zlib.crc32(chunk, value)
     return f"{value:08x}"
+
+
+def crc32_joined(pieces: Iterable[tuple[int, int]]) -> int:
+    """CRC32 of bytes that are known as pieces one after the other, each by its CRC32 and length.
+
+    ``crc(a + b) = crc(a) x^(8 len(b)) + crc(b)`` as polynomials over GF(2), modulo the CRC's own.
+    """
+    value = 0
+    for crc, length in pieces:
+        value = _times(value, _shift(length)) ^ crc
+    return value
+
+
+@cache
+def _shift(length: int) -> int:
+    """``x^(8 length)``."""
+    result, power = 1 << 31, 1 << 23  # x^0, x^8
+    while length:
+        if length & 1:
+            result = _times(result, power)
+        power, length = _times(power, power), length >> 1
+    return result
+
+
+def _times(first: int, second: int) -> int:
+    product = 0
+    for bit in range(31, -1, -1):
+        if first >> bit & 1:
+            product ^= second
+        second = second >> 1 ^ (_CRC32_POLYNOMIAL if second & 1 else 0)
+    return product

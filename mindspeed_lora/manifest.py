@@ -59,9 +59,10 @@ class Manifest:
             raise ValueError(f"manifest kind {self.kind!r} is none of {KINDS}")
 
 
-def part_of(folder: Path, file: Path) -> Part:
-    """Describe ``file`` (inside ``folder``) by reading it once."""
-    return Part(str(Path(file).relative_to(folder)), file.stat().st_size, crc32_of(file))
+def part_of(folder: Path, file: Path, crc32: int | None = None) -> Part:
+    """Describe ``file`` (inside ``folder``); it is read once where its CRC32 is not known from writing it."""
+    checksum = crc32_of(file) if crc32 is None else f"{crc32:08x}"
+    return Part(str(Path(file).relative_to(folder)), file.stat().st_size, checksum)
 
 
 def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST_NAME) -> None:

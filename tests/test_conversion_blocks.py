@@ -1,18 +1,26 @@
-"""Embedding and head pass in blocks: many small blocks write the same bytes as one, padding included."""
+"""Tensors pass in blocks, written a few behind: many small blocks write the same bytes as one, padding included."""
 
 from __future__ import annotations
 
+import itertools
+import os
+import random
+import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conversion_helpers import assert_same_tensors, run_convert
 from helpers import tiny_qwen3
 
-from mindspeed_lora.conversion import merge
+from mindspeed_lora.conversion import stream
 from mindspeed_lora.errors import CheckpointError
+from mindspeed_lora.files import crc32_joined, crc32_of
 from mindspeed_lora.manifest import read_manifest
 from mindspeed_lora.weights import megatron_folder, torch_stream
+from mindspeed_lora.weights.write_behind import WriteBehind
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -27,7 +35,8 @@ def test_blocks_write_what_one_piece_writes(tied: bool, tmp_path: Path, monkeypa
     sizes: dict[str, Any] = dict(target_tensor_parallel_size=4, target_pipeline_parallel_size=2, make_vocab_size_divisible_by=96)
     results = []
     for block in (1 << 25, 7 * 64 * 4):  # 7 rows of fp32
-        monkeypatch.setattr(merge, "_BLOCK_BYTES", block)
+        monkeypatch.setattr(stream, "BLOCK_BYTES", block)
+        monkeypatch.setattr(stream, "WINDOW_BYTES", block)
         monkeypatch.setattr(megatron_folder, "_REOPEN_AFTER_BYTES", block)
         place = tmp_path / str(block)
         run_convert("hf", "mg", hf, place / "mg", **sizes)
@@ -53,12 +62,48 @@ def torch_files_model(path: Path) -> dict[str, Any]:
 
 
 def test_blocks_of_another_total_are_refused(tmp_path: Path) -> None:
-    import torch
-
-    with (tmp_path / "file").open("wb") as file:
+    with WriteBehind(tmp_path / "file") as out:
         for rows in (2, 4):
             blocks = [torch.zeros(1, 5)] * rows
             with pytest.raises(CheckpointError, match=rf"x is torch.float32 \[{rows}, 5\], laid out as torch.float32 \[3, 5\]"):
-                torch_stream.write_data(file.fileno(), 0, blocks, (3, 5), torch.float32, "x")
+                torch_stream.write_data(out, 0, blocks, (3, 5), torch.float32, "x")
         with pytest.raises(CheckpointError, match=r"laid out as torch\.float32"):
-            torch_stream.write_data(file.fileno(), 0, torch.zeros(3, 5).half(), (3, 5), torch.float32, "x")
+            torch_stream.write_data(out, 0, torch.zeros(3, 5).half(), (3, 5), torch.float32, "x")
+
+
+def test_the_manifest_holds_the_checksums_of_the_files_though_it_does_not_read_them(tmp_path: Path) -> None:
+    hf = tiny_qwen3(tmp_path / "hf", num_hidden_layers=2)
+    run_convert("hf", "mg", hf, tmp_path / "mg", target_tensor_parallel_size=2, target_pipeline_parallel_size=2)
+    run_convert("mg", "hf", tmp_path / "mg", tmp_path / "back")
+    for folder, count in ((tmp_path / "mg", 4), (tmp_path / "back", 1)):
+        found = checksums(folder)
+        assert len(found) == count and found == {name: crc32_of(folder / name) for name in found}
+
+
+def test_checksums_of_pieces_are_joined() -> None:
+    data = random.Random(3).randbytes(100_000)
+    for ends in ([0, 100_000], [0, 1, 1, 65_537, 99_999, 100_000]):
+        pieces = [data[start:stop] for start, stop in itertools.pairwise(ends)]
+        assert crc32_joined((zlib.crc32(piece), len(piece)) for piece in pieces) == zlib.crc32(data)
+
+
+def test_a_file_written_behind_is_whole_when_settled_and_its_holes_are_read(tmp_path: Path) -> None:
+    blocks = [bytes([number]) * 1000 for number in range(1, 20)]
+    with WriteBehind(tmp_path / "file") as out:
+        for number in reversed(range(len(blocks))):
+            out.write(50 + 1100 * number, memoryview(blocks[number]))
+        out.settle()
+        content = (tmp_path / "file").read_bytes()
+        assert content == b"".join(bytes(50 if number == 0 else 100) + block for number, block in enumerate(blocks))
+        for start, stop in ((0, len(content)), (50, 1050), (1050, 1150), (2, 2250)):
+            assert out.checksum(start, stop) == zlib.crc32(content[start:stop])
+
+
+def test_an_error_of_the_writing_thread_reaches_the_caller(tmp_path: Path) -> None:
+    with WriteBehind(tmp_path / "file") as out:
+        os.close(out.descriptor)
+        out.descriptor = os.open(tmp_path / "file", os.O_RDONLY)
+        out.write(0, memoryview(b"x"))
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            out.settle()
+    assert not any(thread.name.startswith("write-behind") for thread in threading.enumerate())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,17 +120,17 @@ def test_two_configurations_must_describe_one_model(hf: Path, tmp_path: Path) ->
 
 
 def test_a_failure_in_the_middle_leaves_nothing(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mindspeed_lora.conversion.merge import WeightStream
+    from mindspeed_lora.conversion.stream import WeightStream
 
-    original, calls = WeightStream.parts, []
+    original, calls = WeightStream.blocks, []
 
-    def failing(self: WeightStream, row: Any, layer: int | None) -> list[torch.Tensor]:
+    def failing(self: WeightStream, row: Any, *rest: Any) -> Iterator[torch.Tensor]:
         calls.append(row)
         if len(calls) == 20:
             raise CheckpointError("the disk went away")
-        return original(self, row, layer)
+        return original(self, row, *rest)
 
-    monkeypatch.setattr(WeightStream, "parts", failing)
+    monkeypatch.setattr(WeightStream, "blocks", failing)
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept/notes.txt").write_text("mine")
     for save, target in (("mg", tmp_path / "a/b/out"), ("hf", tmp_path / "a/out"), ("mg", tmp_path / "kept")):

@@ -10,7 +10,7 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 
 from mindspeed_lora.conversion.inspect import human_bytes
-from mindspeed_lora.conversion.merge import WeightStream
+from mindspeed_lora.conversion.stream import ALL_COLUMNS, BLOCK_BYTES, WINDOW_BYTES, Rows, WeightStream
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.manifest import MANIFEST_NAME
+from mindspeed_lora.weights.config import Layout
 from mindspeed_lora.weights.megatron_folder import MegatronFolder, mapped_bytes_limit
+from mindspeed_lora.weights.placement import expert_blocks
 from mindspeed_lora.weights.sources import Adapter, Base
 from mindspeed_lora.weights.table import Row, WeightTable
 
@@ -44,15 +46,12 @@ class Forecast:
 class ShapeStream(WeightStream):
     """Hands out tensors of the right shape and dtype that hold no data."""
 
-    def parts(self, row: Row, layer: int | None) -> list[torch.Tensor]:
+    def blocks(self, row: Row, layer: int | None, ranges: Sequence[Rows], columns: slice = ALL_COLUMNS) -> Iterator[torch.Tensor]:
         """See the base class."""
         dtypes = self.part_dtypes(row, layer)
-        return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in zip(row.part_shapes, dtypes, strict=True)]
-
-    def vocabulary_blocks(self, row: Row, start: int, stop: int) -> Iterator[torch.Tensor]:
-        """See the base class."""
-        if stop > start:
-            yield self.parts(row, None)[0][start:stop]
+        for part, start, stop in ranges:
+            whole = torch.empty(row.part_shapes[part], dtype=dtypes[part], device="meta")[start:stop]
+            yield whole[:, columns] if whole.dim() > 1 else whole
 
 
 def forecast(target: Path, write: Callable[[Path], object], peak_bytes: int) -> Forecast:
@@ -86,21 +85,23 @@ def report(found: Forecast) -> int:
     return 0
 
 
-def peak_memory(stream: WeightStream, table: WeightTable) -> int:
-    """About how many bytes the conversion will hold at most: what the process holds now, and the largest row's tensors.
+def peak_memory(stream: WeightStream, table: WeightTable, layout: Layout) -> int:
+    """About how many bytes the conversion will hold at most: what the process holds now, and what passes through it.
 
-    Embedding and head pass in blocks, and so does a merge's fp32. Another row is held as it lies in the source (mapped), and once more
-    where it is joined, cut or cast; a Megatron source also keeps up to :func:`mapped_bytes_limit` of pages that were read before.
+    Tensors pass in blocks: pages of the source up to a window's size (a Megatron source keeps as many of its own), and blocks on their way.
+    Only a tensor that groups experts is put together whole, twice while its experts are laid side by side.
     """
-    largest = max(_row_bytes(stream, row, layer) for row, layer in table.entries() if not row.padded)
-    return resident_bytes() + largest + _mapped_bytes(stream.base, stream.adapter)
+    grouped = 0
+    if layout.grouped_gemm and table.config.experts is not None:
+        per_rank = table.config.experts.count // expert_blocks(layout)
+        grouped = 2 * per_rank * max(_row_bytes(stream, row, layer) for row, layer in table.entries() if row.expert is not None)
+    window = min(WINDOW_BYTES, sum(_row_bytes(stream, row, layer) for row, layer in table.entries()))
+    return resident_bytes() + window + 8 * BLOCK_BYTES + grouped + _mapped_bytes(stream.base, stream.adapter)
 
 
 def _row_bytes(stream: WeightStream, row: Row, layer: int | None) -> int:
-    sizes = [prod(shape) for shape in row.part_shapes]
-    source = sum(size * dtype.itemsize for size, dtype in zip(sizes, stream.base.part_dtypes(row, layer), strict=True))
-    target = sum(size * dtype.itemsize for size, dtype in zip(sizes, stream.part_dtypes(row, layer), strict=True))
-    return source + target
+    sizes = zip(row.part_shapes, stream.part_dtypes(row, layer), strict=True)
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in sizes)
 
 
 def _mapped_bytes(base: Base, adapter: Adapter | None) -> int:

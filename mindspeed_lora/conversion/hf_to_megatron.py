@@ -1,4 +1,4 @@
-"""Writing a Megatron V1 folder from any source, one rank file at a time and one tensor at a time."""
+"""Writing a Megatron V1 folder from any source, one rank file at a time, a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mindspeed_lora.conversion.merge import WeightStream
+from mindspeed_lora.conversion.stream import WeightStream
 from mindspeed_lora.files import atomic_file
 from mindspeed_lora.weights.config import Layout
 from mindspeed_lora.weights.megatron_files import (
@@ -31,22 +31,25 @@ from mindspeed_lora.weights.torch_stream import Data, TensorSpec, save_streamed
 CONVERTED_ITERATION = 1  # the peer's converters write iteration 1
 
 
-def write_megatron(folder: Path, stream: WeightStream, table: WeightTable, layout: Layout, dtype: torch.dtype) -> None:
-    """Write every rank's file below ``folder``, and the tracker last. ``dtype`` is recorded in ``args``."""
+def write_megatron(folder: Path, stream: WeightStream, table: WeightTable, layout: Layout, dtype: torch.dtype) -> dict[Path, int]:
+    """Write every rank's file below ``folder``, and the tracker last; ``dtype`` is recorded in ``args``. Returns the CRC32 of each."""
     iteration_dir = folder / iteration_directory_name(CONVERTED_ITERATION)
     iteration_dir.mkdir()
     stages, ranks = range(layout.pipeline_parallel_size), stage_ranks(layout)
     keys = [key for stage in stages for chunk in _stage_chunks(table, layout, stage, ranks[0]) for key in chunk]
+    checksums = {}
     total = len(ranks) * sum(row is not None for _, row, _ in keys)
     with tqdm(total=total, desc="writing Megatron files", unit="tensor") as progress:
         for stage in stages:
             for tp_rank, ep_rank in ranks:
                 name = rank_directory_name(tp_rank, stage, layout.pipeline_parallel_size, ep_rank, layout.expert_parallel_size)
-                (iteration_dir / name).mkdir()
-                with atomic_file(iteration_dir / name / RANK_FILE_NAME) as temporary:
+                path = iteration_dir / name / RANK_FILE_NAME
+                path.parent.mkdir()
+                with atomic_file(path) as temporary:
                     writer = _RankWriter(stream, table, layout, stage, (tp_rank, ep_rank))
-                    writer.write(temporary, dtype, progress.update)
+                    checksums[path] = writer.write(temporary, dtype, progress.update)
     write_tracker(folder, CONVERTED_ITERATION)
+    return checksums
 
 
 def _stage_chunks(table: WeightTable, layout: Layout, stage: int, rank: tuple[int, int]) -> list[list[tuple[str, Row | None, int | None]]]:
@@ -74,23 +77,32 @@ class _RankWriter:
             return TensorSpec(shape, _fused_dtype(dtypes))
         return TensorSpec(self.table.local_shape(row, self._cut(row)[1]), _fused_dtype(self.stream.part_dtypes(row, layer)))
 
-    def _read(self, row: Row, layer: int | None) -> torch.Tensor:
+    def _blocks(self, row: Row, layer: int | None) -> Iterator[torch.Tensor]:
+        """This rank's shard."""
         if isinstance(row, GroupRow):
-            shape = self._spec(row, layer).shape
-            return torch.stack([self._read(member, layer).T for member in row.members]).view(shape)
-        return self.table.shard(row, self.stream.parts(row, layer), *self._cut(row))
+            yield self._group(row, layer)
+        elif row.padded:
+            yield from self._vocabulary_blocks(row)
+        else:
+            cut = self._cut(row)
+            yield from self.stream.blocks(row, layer, self.table.shard_ranges(row, *cut), self.table.shard_columns(row, *cut))
+
+    def _group(self, row: GroupRow, layer: int | None) -> torch.Tensor:
+        """Experts of one grouped tensor."""
+        members = [torch.cat(list(self._blocks(member, layer))) for member in row.members]
+        return torch.stack([member.T for member in members]).view(self._spec(row, layer).shape)
 
     def _vocabulary_blocks(self, row: Row) -> Iterator[torch.Tensor]:
         """This rank's rows of an embedding or head; copies of the last row pad the vocabulary."""
         start, stop, missing = self.table.vocabulary_range(row, *self._cut(row))
-        yield from self.stream.vocabulary_blocks(row, start, stop)
+        yield from self.stream.blocks(row, None, [(0, start, stop)])
         if missing:
             count = row.part_shapes[0][0]
-            for last in self.stream.vocabulary_blocks(row, count - 1, count):
+            for last in self.stream.blocks(row, None, [(0, count - 1, count)]):
                 yield last.expand(missing, -1)
 
-    def write(self, path: Path, dtype: torch.dtype, progress: Callable[[int], Any]) -> None:
-        """Stream the tensors into ``path``."""
+    def write(self, path: Path, dtype: torch.dtype, progress: Callable[[int], Any]) -> int:
+        """Stream the tensors into ``path`` and return its CRC32."""
         order = [(row, layer) for keys in self.chunks for _, row, layer in keys if row is not None]
 
         def build(placeholder: Callable[[TensorSpec], torch.Tensor]) -> dict[str, Any]:
@@ -104,9 +116,9 @@ class _RankWriter:
         def read(index: int) -> Data:
             row, layer = order[index]
             progress(1)
-            return self._vocabulary_blocks(row) if row.padded else self._read(row, layer)
+            return self._blocks(row, layer)
 
-        save_streamed(path, build, read)
+        return save_streamed(path, build, read)
 
 
 def _fused_dtype(dtypes: list[torch.dtype]) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from mindspeed_lora.conversion.dry_run import ShapeStream, forecast, peak_memory
 from mindspeed_lora.conversion.hf_to_megatron import write_megatron
 from mindspeed_lora.conversion.inspect import inspect
 from mindspeed_lora.conversion.megatron_to_hf import write_hugging_face
-from mindspeed_lora.conversion.merge import RoundingReport, WeightStream
+from mindspeed_lora.conversion.merge import RoundingReport
 from mindspeed_lora.conversion.output import copy_model_files, hf_target, megatron_target, staged_folder
 from mindspeed_lora.conversion.plan import Plan, adapter_values, check_flags, config_candidates, make_plan
+from mindspeed_lora.conversion.stream import WeightStream
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.manifest import Manifest, part_of, write_manifest
@@ -45,20 +47,29 @@ def convert(config: ConvertConfig | InspectConfig) -> int:
     stream = WeightStream(plan.base, plan.adapter, plan.lora, plan.dtype)
     if config.dry_run:
         shapes = ShapeStream(plan.base, plan.adapter, plan.lora, plan.dtype)
-        return report(forecast(target, lambda folder: _write_model(folder, config, plan, shapes), peak_memory(shapes, plan.table)))
+
+        def write(folder: Path) -> None:
+            _write_model(folder, config, plan, shapes)
+            _copy_files(folder, plan)
+
+        return report(forecast(target, write, peak_memory(shapes, plan.table, plan.layout)))
     with staged_folder(target) as staging:
-        copied = _write_model(staging, config, plan, stream)
-        fingerprint = _write_manifest(staging, config, plan)
+        checksums = _write_model(staging, config, plan, stream)
+        copied = _copy_files(staging, plan)
+        fingerprint = _write_manifest(staging, config, plan, checksums)
     _report(target, plan, stream.report, copied, fingerprint)
     return 0
 
 
-def _write_model(staging: Path, config: ConvertConfig, plan: Plan, stream: WeightStream) -> list[str]:
-    """Write weights, configuration and tokenizer; returns the names of the copied files."""
+def _write_model(staging: Path, config: ConvertConfig, plan: Plan, stream: WeightStream) -> dict[Path, int]:
+    """Write the weights; returns the CRC32 of each file."""
     if config.save_model_type == "mg":
-        write_megatron(staging, stream, plan.table, plan.layout, plan.dtype or plan.base.dtype)
-    else:
-        write_hugging_face(staging, stream, plan.table)
+        return write_megatron(staging, stream, plan.table, plan.layout, plan.dtype or plan.base.dtype)
+    return write_hugging_face(staging, stream, plan.table)
+
+
+def _copy_files(staging: Path, plan: Plan) -> list[str]:
+    """Copy configuration and tokenizer; returns the names of the copied files."""
     changed = plan.dtype is not None and plan.dtype != plan.base.dtype
     return copy_model_files(plan.config_dir, staging, _name(plan.dtype) if changed and plan.dtype else None)
 
@@ -67,12 +78,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _write_manifest(staging: Path, config: ConvertConfig, plan: Plan) -> str:
+def _write_manifest(staging: Path, config: ConvertConfig, plan: Plan, checksums: Mapping[Path, int]) -> str:
     """Open what was just written as any reader would, and describe it; returns its fingerprint."""
     written = open_base(staging, config.save_model_type)
     written.check_coverage(plan.table)
     fingerprint = written.fingerprint(plan.table)
-    files = sorted([*staging.glob("iter_*/*/*.pt"), *staging.glob("*.safetensors")])
     base = None
     if plan.adapter is not None:
         base = {"path": str(plan.base.path.resolve()), "fingerprint": plan.base.fingerprint(), "adapter": str(plan.adapter.path.resolve())}
@@ -84,7 +94,7 @@ def _write_manifest(staging: Path, config: ConvertConfig, plan: Plan) -> str:
         lora=plan.lora.entry() if plan.lora else None,
         base=base,
         fingerprint=fingerprint,
-        parts=[part_of(staging, file) for file in files],
+        parts=[part_of(staging, file, crc32) for file, crc32 in sorted(checksums.items())],
         counts={"tensors": len(list(plan.table.entries()))},
     )
     write_manifest(staging, manifest)

@@ -22,7 +22,7 @@ from mindspeed_lora.weights.families import model_config_from_hf, model_config_f
 from mindspeed_lora.weights.hf_files import INDEX_NAMES, BinTensor, StoredTensor, read_hf_folder
 from mindspeed_lora.weights.megatron_folder import MegatronFolder, is_megatron_folder
 from mindspeed_lora.weights.peft_adapter import PeftAdapter
-from mindspeed_lora.weights.table import Row, WeightTable, section, shard_blocks, unshard
+from mindspeed_lora.weights.table import Row, WeightTable, joined, section, shard_blocks, span
 
 FINGERPRINT_BYTES = 4096  # of each logical tensor
 _COMPARE_ROWS = 4096
@@ -41,20 +41,22 @@ class Base(ABC):
     unified = False  # base and adapter in one
 
     @abstractmethod
-    def parts(self, row: Row, layer: int | None) -> list[torch.Tensor]:
-        """The HF tensors of one row, in the file's dtype, mapped from the file where possible.
+    def pieces(self, row: Row, layer: int | None) -> list[list[torch.Tensor]]:
+        """Of each HF part of one row, the tensors that make it up when joined along ``row.axis``, mapped from the files where possible.
+
+        The vocabulary may be longer than the model's, by rows that pad it.
 
         Raises:
             CheckpointError: one is missing or of another shape than the row's.
         """
 
+    def parts(self, row: Row, layer: int | None) -> list[torch.Tensor]:
+        """The HF tensors of one row, in the file's dtype; Raises as :meth:`pieces`."""
+        return joined(row, self.pieces(row, layer))
+
     def shard(self, table: WeightTable, row: Row, layer: int | None, tp_rank: int, tp_size: int) -> torch.Tensor:
         """One rank's Megatron tensor; of the files only its own bytes are read. Raises as :meth:`parts`."""
         return table.shard(row, self.parts(row, layer), tp_rank, tp_size)
-
-    def vocabulary_rows(self, row: Row, start: int, stop: int) -> torch.Tensor:
-        """Rows of an embedding or head, of which the others are not read (a mapped tensor's pages come as they are used)."""
-        return self.parts(row, None)[0][start:stop]
 
     @abstractmethod
     def part_dtypes(self, row: Row, layer: int | None) -> list[torch.dtype]:
@@ -134,9 +136,9 @@ class HFBase(Base):
             stored.append(self.tensors[name])
         return stored
 
-    def parts(self, row: Row, layer: int | None) -> list[torch.Tensor]:
+    def pieces(self, row: Row, layer: int | None) -> list[list[torch.Tensor]]:
         """See the base class."""
-        return [stored.read() for stored in self._stored(row, layer)]
+        return [[stored.read()] for stored in self._stored(row, layer)]
 
     def part_dtypes(self, row: Row, layer: int | None) -> list[torch.dtype]:
         """See the base class."""
@@ -200,21 +202,17 @@ class MegatronBase(Base):
             raise CheckpointError(f"{self.path}: tensor {name} (layers numbered over all stages) is missing")
         return self.folder.shards(places[0])
 
-    def parts(self, row: Row, layer: int | None) -> list[torch.Tensor]:
+    def pieces(self, row: Row, layer: int | None) -> list[list[torch.Tensor]]:
         """See the base class."""
         shards = self._shards(row, layer)
         self._check_shapes(row, layer, shards)
         self.folder.note_read(shards)
-        return unshard(row, shards)
+        return shard_blocks(row, shards)
 
     def shard(self, table: WeightTable, row: Row, layer: int | None, tp_rank: int, tp_size: int) -> torch.Tensor:
         """See the base class; stored and wanted cut may differ."""
         if row.padded:
-            start, stop, missing = table.vocabulary_range(row, tp_rank, tp_size)
-            count = row.part_shapes[0][0]
-            pieces = [self.vocabulary_rows(row, start, stop)] if stop > start else []
-            pieces += [self.vocabulary_rows(row, count - 1, count).expand(missing, -1)] if missing else []
-            return torch.cat(pieces)
+            return self._vocabulary_shard(row, *table.vocabulary_range(row, tp_rank, tp_size))
         if row.axis is None:
             return super().shard(table, row, layer, tp_rank, tp_size)
         shards = self._shards(row, layer)
@@ -223,17 +221,14 @@ class MegatronBase(Base):
         self.folder.note_read(own)
         return table.shard_of_own(row, own, tp_size)
 
-    def vocabulary_rows(self, row: Row, start: int, stop: int) -> torch.Tensor:
-        """See the base class."""
-        shards = self._shards(row, None)
+    def _vocabulary_shard(self, row: Row, start: int, stop: int, missing: int) -> torch.Tensor:
+        """Rows of an embedding or head and ``missing`` copies of the last one; the others are not read."""
+        shards, count = self._shards(row, None), row.part_shapes[0][0]
         self._check_shapes(row, None, shards)
-        pieces, first = [], 0
-        for shard in shards:
-            pieces.append(shard[max(start - first, 0) : max(stop - first, 0)])
-            first += shard.shape[0]
-        pieces = [piece for piece in pieces if len(piece)]
-        self.folder.note_read(pieces)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        own = [span(shards, 0, start, stop)] if stop > start else []
+        own += [span(shards, 0, count - 1, count).expand(missing, -1)] if missing else []
+        self.folder.note_read(own)
+        return torch.cat(own)
 
     def part_dtypes(self, row: Row, layer: int | None) -> list[torch.dtype]:
         """See the base class."""

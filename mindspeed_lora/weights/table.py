@@ -206,7 +206,12 @@ def shard_blocks(row: Row, shards: Sequence[torch.Tensor]) -> list[list[torch.Te
 def section(blocks: Sequence[torch.Tensor], dim: int, index: int, count: int) -> torch.Tensor:
     """Section ``index`` of ``count`` equal ones of what ``blocks``, joined along ``dim``, would be; other blocks are not touched."""
     total = sum(block.shape[dim] for block in blocks)
-    start, stop, first, pieces = index * total // count, (index + 1) * total // count, 0, []
+    return span(blocks, dim, index * total // count, (index + 1) * total // count)
+
+
+def span(blocks: Sequence[torch.Tensor], dim: int, start: int, stop: int) -> torch.Tensor:
+    """``[start, stop)`` along ``dim`` of what ``blocks``, joined along it, would be; a view where one block holds all of it."""
+    first, pieces = 0, []
     for block in blocks:
         low, high = max(start - first, 0), min(stop - first, block.shape[dim])
         if high > low:
@@ -215,9 +220,14 @@ def section(blocks: Sequence[torch.Tensor], dim: int, index: int, count: int) ->
     return _join(pieces, dim)
 
 
+def joined(row: Row, pieces: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Pieces of each HF part, as :func:`shard_blocks` gives them -> HF parts; vocabulary padding is cut off."""
+    return _unpadded(row, [_join(blocks, row.axis or 0) for blocks in pieces])
+
+
 def unshard(row: Row, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """All ranks' shards -> HF parts; vocabulary padding is cut off. Needs no table: the row knows its parts."""
-    return _unpadded(row, [_join(blocks, row.axis or 0) for blocks in shard_blocks(row, shards)])
+    return joined(row, shard_blocks(row, shards))
 
 
 class WeightTable:
@@ -346,11 +356,20 @@ class WeightTable:
         if row.axis == 1:
             return parts[0].chunk(tp_size, dim=1)[tp_rank][start:stop].contiguous()
         local = parts if row.axis is None else [part.chunk(tp_size)[tp_rank] for part in parts]
-        pieces, first = [], 0
-        for block in _interleaved(local, max(row.units(tp_size) // (tp_size if row.axis == 0 else 1), 1)):
-            pieces.append(block[max(start - first, 0) : max(stop - first, 0)])
-            first += block.shape[0]
-        return _join([piece for piece in pieces if piece.shape[0]], 0).contiguous()
+        blocks = _interleaved(local, max(row.units(tp_size) // (tp_size if row.axis == 0 else 1), 1))
+        return span(blocks, 0, start, stop).contiguous()
+
+    def shard_ranges(self, row: Row, tp_rank: int, tp_size: int) -> list[tuple[int, int, int]]:
+        """(part, start, stop): the rows of HF parts that one rank's shard of a layer's tensor holds, one after the other."""
+        count = tp_size if row.axis == 0 else 1
+        units = max(row.units(tp_size) // count, 1) if len(row.hf) > 1 else 1
+        own = [(shape[0] // count // units, shape[0] // count * (tp_rank if count > 1 else 0)) for shape in row.part_shapes]
+        return [(part, start + unit * size, start + (unit + 1) * size) for unit in range(units) for part, (size, start) in enumerate(own)]
+
+    def shard_columns(self, row: Row, tp_rank: int, tp_size: int) -> slice:
+        """The columns of those rows: a section where the tensor is row-parallel, else all."""
+        width = row.part_shapes[0][1] // tp_size if row.axis == 1 else 0
+        return slice(tp_rank * width, (tp_rank + 1) * width) if row.axis == 1 else slice(None)
 
     @staticmethod
     def unshard(row: Row, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:

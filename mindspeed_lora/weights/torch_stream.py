@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from mindspeed_lora.errors import CheckpointError
+from mindspeed_lora.weights.write_behind import WriteBehind, write_at
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # zip: signature, versions and flags, crc, sizes, name and extra lengths
 _CENTRAL_HEADER_BYTES = 46
@@ -47,8 +47,8 @@ class _Record:
     central_crc: int
 
 
-def save_streamed(path: Path, build: Callable[[Callable[[TensorSpec], torch.Tensor]], dict[str, Any]], read: Callable[[int], Data]) -> None:
-    """Write a ``.pt`` file tensor by tensor.
+def save_streamed(path: Path, build: Callable[[Callable[[TensorSpec], torch.Tensor]], dict[str, Any]], read: Callable[[int], Data]) -> int:
+    """Write a ``.pt`` file tensor by tensor and return the file's CRC32.
 
     ``build(placeholder)`` returns the dictionary to save, having called ``placeholder(spec)`` once per tensor, in the order in which
     they are met; ``read(i)`` returns the i-th tensor, or its blocks, when its turn comes.
@@ -66,16 +66,17 @@ def save_streamed(path: Path, build: Callable[[Callable[[TensorSpec], torch.Tens
     with torch.serialization.skip_data():
         save_torch_file(content, path)
     del content
-    records = _records(path, len(specs))
-    descriptor = os.open(path, os.O_RDWR)
-    try:
+    with WriteBehind(path) as out:
+        records = _records(out.descriptor, path, len(specs))
         for index, (spec, record) in enumerate(zip(specs, records, strict=True)):
-            crc = write_data(descriptor, record.data, read(index), spec.shape, spec.dtype, f"{path}: tensor {index}")
+            write_data(out, record.data, read(index), spec.shape, spec.dtype, f"{path}: tensor {index}")
+        out.settle()
+        for record in records:
+            crc = struct.pack("<L", out.checksum(record.data, record.data + record.size))
             for offset in (record.local_crc, record.descriptor_crc, record.central_crc):
                 if offset is not None:
-                    os.pwrite(descriptor, struct.pack("<L", crc), offset)
-    finally:
-        os.close(descriptor)
+                    write_at(out.descriptor, offset, memoryview(crc))
+        return out.checksum(0, path.stat().st_size)
 
 
 def save_torch_file(content: Mapping[str, Any], path: Path) -> None:
@@ -92,49 +93,38 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def write_data(
-    descriptor: int, offset: int, data: Data, shape: tuple[int, ...], dtype: torch.dtype, where: str, checksum: bool = True
-) -> int:
-    """Write a tensor of ``shape`` and ``dtype`` at ``offset``, block by block, and return its CRC32 (0 without ``checksum``).
+def write_data(out: WriteBehind, offset: int, data: Data, shape: tuple[int, ...], dtype: torch.dtype, where: str) -> None:
+    """Write a tensor of ``shape`` and ``dtype`` at ``offset``, block by block.
 
     A block on the meta device (a dry run) leaves its place empty.
 
     Raises:
         CheckpointError: what comes is of another shape or dtype; the message begins with ``where``.
     """
-    crc, rows, found = 0, 0, shape
+    rows, found = 0, shape
     for block in (data,) if isinstance(data, torch.Tensor) else data:
         rows += block.shape[0] if block.dim() else 1
         found = (rows, *block.shape[1:]) if block.dim() else ()
         if found[1:] != shape[1:] or block.dtype != dtype:
             raise CheckpointError(f"{where} is {block.dtype} {list(found)}, laid out as {dtype} {list(shape)}")
         if block.is_meta:
-            continue
-        content = tensor_bytes(block)
-        write_at(descriptor, offset, content)
-        crc = zlib.crc32(content, crc) if checksum else 0
-        offset += len(content)
+            out.leave(offset, block.nbytes)
+        else:
+            out.write(offset, tensor_bytes(block))
+        offset += block.nbytes
     if found != shape or not rows:
         raise CheckpointError(f"{where} is {dtype} {list(found)}, laid out as {dtype} {list(shape)}")
-    return crc
 
 
-def write_at(descriptor: int, offset: int, data: memoryview) -> None:
-    """Write all of ``data`` (one ``pwrite`` takes at most 2 GiB)."""
-    while data:
-        written = os.pwrite(descriptor, data[: 1 << 30], offset)
-        data, offset = data[written:], offset + written
-
-
-def _records(path: Path, count: int) -> list[_Record]:
+def _records(descriptor: int, path: Path, count: int) -> list[_Record]:
     """The records ``*/data/0``, ``*/data/1``, ... which torch numbers in the order of pickling."""
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+    with zipfile.ZipFile(path) as archive:
         infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        central = _central_crc_offsets(file.fileno(), archive.start_dir, len(archive.infolist()))
+        central = _central_crc_offsets(descriptor, archive.start_dir, len(archive.infolist()))
         records = []
         for index in range(count):
             info = infos[f"data/{index}"]  # KeyError: torch stores tensors under other names than in 2.6 .. 2.13
-            header = _LOCAL_HEADER.unpack(os.pread(file.fileno(), _LOCAL_HEADER.size, info.header_offset))
+            header = _LOCAL_HEADER.unpack(os.pread(descriptor, _LOCAL_HEADER.size, info.header_offset))
             data = info.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]
             described = bool(info.flag_bits & _HAS_DESCRIPTOR)
             records.append(

@@ -1,0 +1,98 @@
+"""The tensors that a conversion writes, a few megabytes at a time: neither a model's size nor a tensor's decides how much memory it takes.
+
+A block is rows of one HF part, read from where it lies, merged and cast, and looked through for NaN, all while it is in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+
+from mindspeed_lora.conversion.merge import Change, RoundingReport
+from mindspeed_lora.errors import CheckpointError
+from mindspeed_lora.weights.lora_blocks import module_of, part_scales
+from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.sources import Adapter, Base
+from mindspeed_lora.weights.table import Row, span
+
+BLOCK_BYTES = 1 << 22
+WINDOW_BYTES = 1 << 27  # read before the files are mapped anew: pages that were read count as memory while their mapping lives
+Rows = tuple[int, int, int]
+"""(HF part, first row, behind the last row)."""
+ALL_COLUMNS = slice(None)
+
+
+class WeightStream:
+    """Hands out the tensors to write in the target's dtype."""
+
+    def __init__(self, base: Base, adapter: Adapter | None, lora: LoraSpec | None, dtype: torch.dtype | None) -> None:
+        self.base, self.adapter, self.lora, self.dtype = base, adapter, lora, dtype
+        self.report = RoundingReport()
+
+    def part_dtypes(self, row: Row, layer: int | None) -> list[torch.dtype]:
+        """dtype that each HF part will have."""
+        return [self.dtype or dtype for dtype in self.base.part_dtypes(row, layer)]
+
+    def blocks(self, row: Row, layer: int | None, ranges: Sequence[Rows], columns: slice = ALL_COLUMNS) -> Iterator[torch.Tensor]:
+        """Rows of a row's HF parts one after the other, merged where the adapter adapts them, each element cast once.
+
+        Raises:
+            CheckpointError: they hold NaN or infinity.
+        """
+        names, dtypes = row.hf_names(layer), self.part_dtypes(row, layer)
+        changes = self._changes(row, layer, columns)
+        for part, start, stored in self._stored(row, layer, ranges, columns):
+            change, lost = changes[part], math.inf
+            if change is None:
+                block = stored.to(dtypes[part]).contiguous()
+            else:
+                block, delta, lost = change.added_to(stored, start, dtypes[part])
+                self.report.add((names[part], start, columns.start), row, delta, lost)
+            if not math.isfinite(lost):  # a finite difference from what is finite: nothing to look for
+                self._check_finite(names[part], block)
+            yield block
+
+    def _changes(self, row: Row, layer: int | None, columns: slice) -> list[Change | None]:
+        """What the adapter adds to each HF part; None: nothing."""
+        module = module_of(self.lora, row, layer) if self.lora is not None else None
+        if self.adapter is None or self.lora is None or module is None:
+            return [None] * len(row.hf)
+        scaled = zip(self.adapter.pairs(row, layer), part_scales(self.lora, module, len(row.hf)), strict=True)
+        return [None if pair is None else Change.of(pair[0][:, columns], pair[1], scale) for pair, scale in scaled]
+
+    def _stored(self, row: Row, layer: int | None, ranges: Sequence[Rows], columns: slice) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(part, first row, block as it lies in the source), views where one file holds it."""
+        pieces, left = self.base.pieces(row, layer), WINDOW_BYTES
+        for part, first, last in ranges:
+            for start, stop in _row_blocks(pieces[part], row.axis, first, last):
+                if left <= 0:
+                    pieces, left = self.base.pieces(row, layer), WINDOW_BYTES
+                block = _rows(pieces[part], row.axis, start, stop, columns)
+                left -= block.nbytes
+                yield part, start, block
+
+    def _check_finite(self, name: str, block: torch.Tensor) -> None:
+        smallest, largest = torch.aminmax(block)  # both are NaN where any element is
+        if not (math.isfinite(smallest) and math.isfinite(largest)):
+            cause = ", or does after the merge or the cast" if self.adapter is not None or self.dtype is not None else ""
+            raise CheckpointError(f"{self.base.path}: tensor {name} holds NaN or infinity{cause}; nothing is written")
+
+
+def _row_blocks(pieces: Sequence[torch.Tensor], axis: int | None, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of at most a block's size that cover ``[first, last)``, none across two pieces that lie below each other."""
+    width = pieces[0][0].nbytes * (len(pieces) if axis == 1 else 1)
+    step = max(BLOCK_BYTES // width, 1)
+    ends = [] if axis == 1 else [end for end in accumulate(len(piece) for piece in pieces) if first < end < last]
+    for end in [*ends, last]:
+        yield from ((start, min(start + step, end)) for start in range(first, end, step))
+        first = end
+
+
+def _rows(pieces: Sequence[torch.Tensor], axis: int | None, start: int, stop: int, columns: slice) -> torch.Tensor:
+    if axis != 1:
+        return span(pieces, 0, start, stop)
+    width = sum(piece.shape[1] for piece in pieces)
+    return span([piece[start:stop] for piece in pieces], 1, *columns.indices(width)[:2])
