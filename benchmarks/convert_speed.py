@@ -25,7 +25,9 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ def make_model(folder: Path, shape: dict[str, int]) -> Path:
     import torch
 
     from mindspeed_lora.conversion.megatron_to_hf import write_hugging_face
+    from mindspeed_lora.weights.block_writer import Block
     from mindspeed_lora.weights.families import model_config_from_hf
     from mindspeed_lora.weights.table import Row, WeightTable
 
@@ -77,15 +80,19 @@ def make_model(folder: Path, shape: dict[str, int]) -> Path:
         **shape,
     )
     (folder / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(0)
 
     class Random:
         def part_dtypes(self, row: Row, layer: int | None) -> list[torch.dtype]:
             return [torch.bfloat16] * len(row.part_shapes)
 
-        def blocks(self, row: Row, layer: int | None, ranges: list[tuple[int, int, int]]) -> list[torch.Tensor]:
+        def blocks(self, row: Row, layer: int | None, ranges: list[tuple[int, int, int]]) -> list[Block]:
             shapes = [(stop - start, *row.part_shapes[part][1:]) for part, start, stop in ranges]
-            return [torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator) for shape in shapes]
+            return [Block(shape, torch.bfloat16, partial(self.make, f"{row.name(layer)} {ranges}", shape)) for shape in shapes]
+
+        @staticmethod
+        def make(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
     write_hugging_face(folder, Random(), WeightTable(model_config_from_hf(folder)))  # type: ignore[arg-type]
     return folder

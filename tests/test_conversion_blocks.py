@@ -20,7 +20,7 @@ from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.files import crc32_joined, crc32_of
 from mindspeed_lora.manifest import read_manifest
 from mindspeed_lora.weights import megatron_folder, torch_stream
-from mindspeed_lora.weights.write_behind import WriteBehind
+from mindspeed_lora.weights.block_writer import Block, BlockWriter
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -61,14 +61,18 @@ def torch_files_model(path: Path) -> dict[str, Any]:
     return model
 
 
+def rows_of(tensor: torch.Tensor) -> Block:
+    return Block(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
 def test_blocks_of_another_total_are_refused(tmp_path: Path) -> None:
-    with WriteBehind(tmp_path / "file") as out:
+    with BlockWriter(tmp_path / "file") as out:
         for rows in (2, 4):
-            blocks = [torch.zeros(1, 5)] * rows
+            blocks = [rows_of(torch.zeros(1, 5))] * rows
             with pytest.raises(CheckpointError, match=rf"x is torch.float32 \[{rows}, 5\], laid out as torch.float32 \[3, 5\]"):
                 torch_stream.write_data(out, 0, blocks, (3, 5), torch.float32, "x")
         with pytest.raises(CheckpointError, match=r"laid out as torch\.float32"):
-            torch_stream.write_data(out, 0, torch.zeros(3, 5).half(), (3, 5), torch.float32, "x")
+            torch_stream.write_data(out, 0, [rows_of(torch.zeros(3, 5).half())], (3, 5), torch.float32, "x")
 
 
 def test_the_manifest_holds_the_checksums_of_the_files_though_it_does_not_read_them(tmp_path: Path) -> None:
@@ -87,23 +91,33 @@ def test_checksums_of_pieces_are_joined() -> None:
         assert crc32_joined((zlib.crc32(piece), len(piece)) for piece in pieces) == zlib.crc32(data)
 
 
-def test_a_file_written_behind_is_whole_when_settled_and_its_holes_are_read(tmp_path: Path) -> None:
-    blocks = [bytes([number]) * 1000 for number in range(1, 20)]
-    with WriteBehind(tmp_path / "file") as out:
+def test_blocks_lie_where_they_belong_and_what_lies_between_counts(tmp_path: Path) -> None:
+    blocks = [torch.full((1000,), number, dtype=torch.uint8) for number in range(1, 20)]
+    with BlockWriter(tmp_path / "file") as out:
         for number in reversed(range(len(blocks))):
-            out.write(50 + 1100 * number, memoryview(blocks[number]))
+            out.write(50 + 1100 * number, rows_of(blocks[number]))
         out.settle()
         content = (tmp_path / "file").read_bytes()
-        assert content == b"".join(bytes(50 if number == 0 else 100) + block for number, block in enumerate(blocks))
+        assert content == b"".join(bytes(50 if number == 0 else 100) + bytes(block.tolist()) for number, block in enumerate(blocks))
         for start, stop in ((0, len(content)), (50, 1050), (1050, 1150), (2, 2250)):
             assert out.checksum(start, stop) == zlib.crc32(content[start:stop])
 
 
-def test_an_error_of_the_writing_thread_reaches_the_caller(tmp_path: Path) -> None:
-    with WriteBehind(tmp_path / "file") as out:
+def test_an_error_in_a_thread_reaches_the_caller_and_no_thread_stays(tmp_path: Path) -> None:
+    def broken() -> torch.Tensor:
+        raise CheckpointError("NaN")
+
+    with BlockWriter(tmp_path / "file") as out:
+        out.write(0, Block((1,), torch.uint8, broken))
+        with pytest.raises(CheckpointError, match="NaN"):
+            out.settle()
+        out.write(0, Block((2,), torch.uint8, lambda: torch.zeros(1, dtype=torch.uint8)))
+        with pytest.raises(ValueError, match=r"uint8 \[2\] came as 1 bytes"):
+            out.settle()
+    with BlockWriter(tmp_path / "file") as out:
         os.close(out.descriptor)
         out.descriptor = os.open(tmp_path / "file", os.O_RDONLY)
-        out.write(0, memoryview(b"x"))
         with pytest.raises(OSError, match="Bad file descriptor"):
-            out.settle()
-    assert not any(thread.name.startswith("write-behind") for thread in threading.enumerate())
+            for _ in range(10):
+                out.write(0, rows_of(torch.zeros(1)))
+    assert not any(thread.name.startswith("block-writer") for thread in threading.enumerate())

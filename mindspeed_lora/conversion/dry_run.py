@@ -1,4 +1,4 @@
-"""``--dry-run``: the real writers on tensors without data, so that names, shapes and sizes are those of the real run.
+"""``--dry-run``: the real writers on blocks without data, so that names, shapes and sizes are those of the real run.
 
 The files are laid out in the temporary folder, empty where the data would lie (sparse), measured, and removed;
 nothing appears in ``--save-dir``.
@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import torch
-
 from mindspeed_lora.conversion.inspect import human_bytes
 from mindspeed_lora.conversion.stream import ALL_COLUMNS, BLOCK_BYTES, WINDOW_BYTES, Rows, WeightStream
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.manifest import MANIFEST_NAME
+from mindspeed_lora.weights.block_writer import THREADS, Block
 from mindspeed_lora.weights.config import Layout
 from mindspeed_lora.weights.megatron_folder import MegatronFolder, mapped_bytes_limit
 from mindspeed_lora.weights.placement import expert_blocks
@@ -46,12 +45,12 @@ class Forecast:
 class ShapeStream(WeightStream):
     """Hands out tensors of the right shape and dtype that hold no data."""
 
-    def blocks(self, row: Row, layer: int | None, ranges: Sequence[Rows], columns: slice = ALL_COLUMNS) -> Iterator[torch.Tensor]:
+    def blocks(self, row: Row, layer: int | None, ranges: Sequence[Rows], columns: slice = ALL_COLUMNS) -> Iterator[Block]:
         """See the base class."""
         dtypes = self.part_dtypes(row, layer)
         for part, start, stop in ranges:
-            whole = torch.empty(row.part_shapes[part], dtype=dtypes[part], device="meta")[start:stop]
-            yield whole[:, columns] if whole.dim() > 1 else whole
+            width = [len(range(*columns.indices(size))) for size in row.part_shapes[part][1:]]
+            yield Block((stop - start, *width), dtypes[part], None)
 
 
 def forecast(target: Path, write: Callable[[Path], object], peak_bytes: int) -> Forecast:
@@ -89,14 +88,14 @@ def peak_memory(stream: WeightStream, table: WeightTable, layout: Layout) -> int
     """About how many bytes the conversion will hold at most: what the process holds now, and what passes through it.
 
     Tensors pass in blocks: pages of the source up to a window's size (a Megatron source keeps as many of its own), and blocks on their way.
-    Only a tensor that groups experts is put together whole, twice while its experts are laid side by side.
+    Only a tensor that groups experts is put together whole, by each thread one, twice while its experts are laid side by side.
     """
     grouped = 0
     if layout.grouped_gemm and table.config.experts is not None:
         per_rank = table.config.experts.count // expert_blocks(layout)
-        grouped = 2 * per_rank * max(_row_bytes(stream, row, layer) for row, layer in table.entries() if row.expert is not None)
+        grouped = 2 * THREADS * per_rank * max(_row_bytes(stream, row, layer) for row, layer in table.entries() if row.expert is not None)
     window = min(WINDOW_BYTES, sum(_row_bytes(stream, row, layer) for row, layer in table.entries()))
-    return resident_bytes() + window + 8 * BLOCK_BYTES + grouped + _mapped_bytes(stream.base, stream.adapter)
+    return resident_bytes() + window + 2 * THREADS * BLOCK_BYTES + grouped + _mapped_bytes(stream.base, stream.adapter)
 
 
 def _row_bytes(stream: WeightStream, row: Row, layer: int | None) -> int:

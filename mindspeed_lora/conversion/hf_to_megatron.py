@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from mindspeed_lora.conversion.stream import WeightStream
 from mindspeed_lora.files import atomic_file
+from mindspeed_lora.weights.block_writer import Block
 from mindspeed_lora.weights.config import Layout
 from mindspeed_lora.weights.megatron_files import (
     RANK_FILE_NAME,
@@ -77,29 +79,34 @@ class _RankWriter:
             return TensorSpec(shape, _fused_dtype(dtypes))
         return TensorSpec(self.table.local_shape(row, self._cut(row)[1]), _fused_dtype(self.stream.part_dtypes(row, layer)))
 
-    def _blocks(self, row: Row, layer: int | None) -> Iterator[torch.Tensor]:
+    def _blocks(self, row: Row, layer: int | None) -> Iterator[Block]:
         """This rank's shard."""
         if isinstance(row, GroupRow):
-            yield self._group(row, layer)
+            spec = self._spec(row, layer)
+            yield Block(spec.shape, spec.dtype, self._group(row, layer, spec.shape))
         elif row.padded:
             yield from self._vocabulary_blocks(row)
         else:
             cut = self._cut(row)
             yield from self.stream.blocks(row, layer, self.table.shard_ranges(row, *cut), self.table.shard_columns(row, *cut))
 
-    def _group(self, row: GroupRow, layer: int | None) -> torch.Tensor:
-        """Experts of one grouped tensor."""
-        members = [torch.cat(list(self._blocks(member, layer))) for member in row.members]
-        return torch.stack([member.T for member in members]).view(self._spec(row, layer).shape)
+    def _group(self, row: GroupRow, layer: int | None, shape: tuple[int, ...]) -> Callable[[], torch.Tensor] | None:
+        """What makes a grouped tensor of its experts."""
+        members = [list(self._blocks(member, layer)) for member in row.members]
+        makers = [[block.make for block in member if block.make is not None] for member in members]
+        if not all(makers):
+            return None
+        return lambda: torch.stack([torch.cat([make() for make in member]).T for member in makers]).view(shape)
 
-    def _vocabulary_blocks(self, row: Row) -> Iterator[torch.Tensor]:
+    def _vocabulary_blocks(self, row: Row) -> Iterator[Block]:
         """This rank's rows of an embedding or head; copies of the last row pad the vocabulary."""
         start, stop, missing = self.table.vocabulary_range(row, *self._cut(row))
         yield from self.stream.blocks(row, None, [(0, start, stop)])
         if missing:
             count = row.part_shapes[0][0]
             for last in self.stream.blocks(row, None, [(0, count - 1, count)]):
-                yield last.expand(missing, -1)
+                make = last.make and partial(_repeated, last.make, missing)
+                yield Block((missing, *last.shape[1:]), last.dtype, make)
 
     def write(self, path: Path, dtype: torch.dtype, progress: Callable[[int], Any]) -> int:
         """Stream the tensors into ``path`` and return its CRC32."""
@@ -119,6 +126,10 @@ class _RankWriter:
             return self._blocks(row, layer)
 
         return save_streamed(path, build, read)
+
+
+def _repeated(make: Callable[[], torch.Tensor], count: int) -> torch.Tensor:
+    return make().expand(count, -1)
 
 
 def _fused_dtype(dtypes: list[torch.dtype]) -> torch.dtype:

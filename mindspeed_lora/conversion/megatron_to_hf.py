@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from mindspeed_lora.conversion.stream import WeightStream
+from mindspeed_lora.weights.block_writer import Block
 from mindspeed_lora.weights.hf_writer import MAX_SHARD_BYTES, HFTensorSpec, write_hf_tensors
 from mindspeed_lora.weights.table import WeightTable
 
@@ -23,7 +23,7 @@ def write_hugging_face(folder: Path, stream: WeightStream, table: WeightTable, m
             places[name] = row, layer, part
     with tqdm(total=len(specs), desc="writing safetensors", unit="tensor") as progress:
 
-        def read(spec: HFTensorSpec) -> Iterator[torch.Tensor]:
+        def read(spec: HFTensorSpec) -> Iterator[Block]:
             row, layer, part = places[spec.name]
             progress.update(1)
             return stream.blocks(row, layer, [(part, 0, spec.shape[0])])

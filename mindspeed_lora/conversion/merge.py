@@ -8,8 +8,7 @@ share = |merged - (W + delta)| / |delta| in fp32 (Frobenius norms over all tenso
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,27 +22,27 @@ _CACHED_BYTES = 1 << 19  # of each of the two fp32 buffers of a merge: both fit 
 class RoundingReport:
     """Sums of squares per module kind; each block of the base counts once, however many ranks get it."""
 
-    delta: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    lost: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    seen: set[Hashable] = field(default_factory=set)
+    blocks: dict[Hashable, tuple[str, float, float]] = field(default_factory=dict)
 
     def add(self, block: Hashable, row: Row, delta: float, lost: float) -> None:
-        """Count one block: squared Frobenius norms of its change and of what the cast took of it."""
-        if block not in self.seen:
-            self.seen.add(block)
-            self.delta[str(row.module)] += delta
-            self.lost[str(row.module)] += lost
+        """Count one block: squared Frobenius norms of its change and of what the cast took of it. Threads may meet here."""
+        self.blocks.setdefault(block, (str(row.module), delta, lost))
 
     def shares(self) -> dict[str, float]:
         """Share lost in [0, ..] per module kind and in ``total``; an adapter that changes nothing loses nothing."""
-        sums = {name: (self.lost[name], self.delta[name]) for name in self.delta}
-        sums["total"] = (sum(self.lost.values()), sum(self.delta.values()))
-        return {name: math.sqrt(lost / delta) if delta else 0.0 for name, (lost, delta) in sums.items()}
+        found = list(self.blocks.values())
+        kinds = {kind: [sums for sums in found if sums[0] == kind] for kind in sorted({kind for kind, _, _ in found})}
+        return {kind: _share(sums) for kind, sums in (*kinds.items(), ("total", found))}
 
     @property
     def changes_nothing(self) -> bool:
         """Whether the adapter's contribution is zero everywhere."""
-        return bool(self.delta) and sum(self.delta.values()) == 0.0
+        return bool(self.blocks) and all(delta == 0.0 for _, delta, _ in self.blocks.values())
+
+
+def _share(sums: Sequence[tuple[str, float, float]]) -> float:
+    delta, lost = math.fsum(delta for _, delta, _ in sums), math.fsum(lost for _, _, lost in sums)  # the same in any order
+    return math.sqrt(lost / delta) if delta else 0.0
 
 
 @dataclass(frozen=True)

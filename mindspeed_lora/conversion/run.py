@@ -21,6 +21,7 @@ from mindspeed_lora.conversion.stream import WeightStream
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.manifest import Manifest, part_of, write_manifest
+from mindspeed_lora.weights.block_writer import one_thread_per_operation
 from mindspeed_lora.weights.families import check_model_type, model_config_from_hf
 from mindspeed_lora.weights.lora_blocks import adapted_entries
 from mindspeed_lora.weights.peft_files import peft_gap, write_peft_adapter
@@ -53,7 +54,7 @@ def convert(config: ConvertConfig | InspectConfig) -> int:
             _copy_files(folder, plan)
 
         return report(forecast(target, write, peak_memory(shapes, plan.table, plan.layout)))
-    with staged_folder(target) as staging:
+    with staged_folder(target) as staging, one_thread_per_operation():
         checksums = _write_model(staging, config, plan, stream)
         copied = _copy_files(staging, plan)
         fingerprint = _write_manifest(staging, config, plan, checksums)

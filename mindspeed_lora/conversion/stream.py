@@ -6,13 +6,15 @@ A block is rows of one HF part, read from where it lies, merged and cast, and lo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
 
 from mindspeed_lora.conversion.merge import Change, RoundingReport
 from mindspeed_lora.errors import CheckpointError
+from mindspeed_lora.weights.block_writer import Block
 from mindspeed_lora.weights.lora_blocks import module_of, part_scales
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.sources import Adapter, Base
@@ -36,24 +38,45 @@ class WeightStream:
         """dtype that each HF part will have."""
         return [self.dtype or dtype for dtype in self.base.part_dtypes(row, layer)]
 
-    def blocks(self, row: Row, layer: int | None, ranges: Sequence[Rows], columns: slice = ALL_COLUMNS) -> Iterator[torch.Tensor]:
+    def blocks(self, row: Row, layer: int | None, ranges: Sequence[Rows], columns: slice = ALL_COLUMNS) -> Iterator[Block]:
         """Rows of a row's HF parts one after the other, merged where the adapter adapts them, each element cast once.
 
-        Raises:
-            CheckpointError: they hold NaN or infinity.
+        Making one raises CheckpointError where it holds NaN or infinity.
         """
         names, dtypes = row.hf_names(layer), self.part_dtypes(row, layer)
         changes = self._changes(row, layer, columns)
-        for part, start, stored in self._stored(row, layer, ranges, columns):
-            change, lost = changes[part], math.inf
-            if change is None:
-                block = stored.to(dtypes[part]).contiguous()
-            else:
-                block, delta, lost = change.added_to(stored, start, dtypes[part])
-                self.report.add((names[part], start, columns.start), row, delta, lost)
-            if not math.isfinite(lost):  # a finite difference from what is finite: nothing to look for
-                self._check_finite(names[part], block)
-            yield block
+        pieces, left = self.base.pieces(row, layer), WINDOW_BYTES
+        for part, first, last in ranges:
+            width = row.part_shapes[part][1:]
+            shape = (len(range(*columns.indices(width[0]))),) if width else ()
+            for start, stop in _row_blocks(pieces[part], row.axis, first, last):
+                if left <= 0:
+                    pieces, left = self.base.pieces(row, layer), WINDOW_BYTES
+                stored = partial(_rows, pieces[part], row.axis, start, stop, columns)
+                make = partial(self._made, stored, row, names[part], start, columns, changes[part], dtypes[part])
+                block = Block((stop - start, *shape), dtypes[part], make)
+                left -= block.num_bytes
+                yield block
+
+    def _made(
+        self,
+        stored: Callable[[], torch.Tensor],
+        row: Row,
+        name: str,
+        start: int,
+        columns: slice,
+        change: Change | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """One block as it is to be written; several threads may be here."""
+        if change is None:
+            block, lost = stored().to(dtype).contiguous(), math.inf
+        else:
+            block, delta, lost = change.added_to(stored(), start, dtype)
+            self.report.add((name, start, columns.start), row, delta, lost)
+        if not math.isfinite(lost):  # a finite difference from what is finite: nothing to look for
+            self._check_finite(name, block)
+        return block
 
     def _changes(self, row: Row, layer: int | None, columns: slice) -> list[Change | None]:
         """What the adapter adds to each HF part; None: nothing."""
@@ -62,17 +85,6 @@ class WeightStream:
             return [None] * len(row.hf)
         scaled = zip(self.adapter.pairs(row, layer), part_scales(self.lora, module, len(row.hf)), strict=True)
         return [None if pair is None else Change.of(pair[0][:, columns], pair[1], scale) for pair, scale in scaled]
-
-    def _stored(self, row: Row, layer: int | None, ranges: Sequence[Rows], columns: slice) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(part, first row, block as it lies in the source), views where one file holds it."""
-        pieces, left = self.base.pieces(row, layer), WINDOW_BYTES
-        for part, first, last in ranges:
-            for start, stop in _row_blocks(pieces[part], row.axis, first, last):
-                if left <= 0:
-                    pieces, left = self.base.pieces(row, layer), WINDOW_BYTES
-                block = _rows(pieces[part], row.axis, start, stop, columns)
-                left -= block.nbytes
-                yield part, start, block
 
     def _check_finite(self, name: str, block: torch.Tensor) -> None:
         smallest, largest = torch.aminmax(block)  # both are NaN where any element is

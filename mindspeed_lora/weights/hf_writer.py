@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from mindspeed_lora.files import atomic_file, write_json
+from mindspeed_lora.weights.block_writer import BlockWriter, write_at
 from mindspeed_lora.weights.hf_files import INDEX_NAME, SAFETENSORS_DTYPES
 from mindspeed_lora.weights.torch_stream import Data, write_data
-from mindspeed_lora.weights.write_behind import WriteBehind
 
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -87,8 +87,8 @@ def _write_file(path: Path, specs: Sequence[HFTensorSpec], read: Callable[[HFTen
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     data_start = 8 + len(text)
-    with WriteBehind(path) as out:
-        out.write(0, memoryview(struct.pack("<Q", len(text)) + text))
+    with BlockWriter(path) as out:
+        write_at(out.descriptor, 0, memoryview(struct.pack("<Q", len(text)) + text))
         os.truncate(out.descriptor, data_start + position)
         for spec in specs:
             write_data(out, data_start + starts[spec.name], read(spec), spec.shape, spec.dtype, spec.name)

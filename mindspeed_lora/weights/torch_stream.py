@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from mindspeed_lora.errors import CheckpointError
-from mindspeed_lora.weights.write_behind import WriteBehind, write_at
+from mindspeed_lora.weights.block_writer import Block, BlockWriter, write_at
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # zip: signature, versions and flags, crc, sizes, name and extra lengths
 _CENTRAL_HEADER_BYTES = 46
 _HAS_DESCRIPTOR = 0x08
 
 
-Data = torch.Tensor | Iterable[torch.Tensor]
-"""A tensor, or its blocks along dimension 0 one after another."""
+Data = Iterable[Block]
+"""A tensor as its blocks along dimension 0, one after another."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def save_streamed(path: Path, build: Callable[[Callable[[TensorSpec], torch.Tens
     """Write a ``.pt`` file tensor by tensor and return the file's CRC32.
 
     ``build(placeholder)`` returns the dictionary to save, having called ``placeholder(spec)`` once per tensor, in the order in which
-    they are met; ``read(i)`` returns the i-th tensor, or its blocks, when its turn comes.
+    they are met; ``read(i)`` returns the i-th tensor when its turn comes.
 
     Raises:
         CheckpointError: the tensor read is of another shape or dtype than its spec.
@@ -66,7 +66,7 @@ def save_streamed(path: Path, build: Callable[[Callable[[TensorSpec], torch.Tens
     with torch.serialization.skip_data():
         save_torch_file(content, path)
     del content
-    with WriteBehind(path) as out:
+    with BlockWriter(path) as out:
         records = _records(out.descriptor, path, len(specs))
         for index, (spec, record) in enumerate(zip(specs, records, strict=True)):
             write_data(out, record.data, read(index), spec.shape, spec.dtype, f"{path}: tensor {index}")
@@ -87,31 +87,20 @@ def save_torch_file(content: Mapping[str, Any], path: Path) -> None:
         raise OSError(f"torch.save cannot write {path.parent.name}/{path.name}: {str(error).splitlines()[0]}") from error
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """A contiguous CPU tensor's bytes, without a copy where it already is one."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
-def write_data(out: WriteBehind, offset: int, data: Data, shape: tuple[int, ...], dtype: torch.dtype, where: str) -> None:
-    """Write a tensor of ``shape`` and ``dtype`` at ``offset``, block by block.
-
-    A block on the meta device (a dry run) leaves its place empty.
+def write_data(out: BlockWriter, offset: int, data: Data, shape: tuple[int, ...], dtype: torch.dtype, where: str) -> None:
+    """Have a tensor of ``shape`` and ``dtype`` written at ``offset``, block by block.
 
     Raises:
         CheckpointError: what comes is of another shape or dtype; the message begins with ``where``.
     """
     rows, found = 0, shape
-    for block in (data,) if isinstance(data, torch.Tensor) else data:
-        rows += block.shape[0] if block.dim() else 1
-        found = (rows, *block.shape[1:]) if block.dim() else ()
+    for block in data:
+        rows += block.shape[0] if block.shape else 1
+        found = (rows, *block.shape[1:]) if block.shape else ()
         if found[1:] != shape[1:] or block.dtype != dtype:
             raise CheckpointError(f"{where} is {block.dtype} {list(found)}, laid out as {dtype} {list(shape)}")
-        if block.is_meta:
-            out.leave(offset, block.nbytes)
-        else:
-            out.write(offset, tensor_bytes(block))
-        offset += block.nbytes
+        out.write(offset, block)
+        offset += block.num_bytes
     if found != shape or not rows:
         raise CheckpointError(f"{where} is {dtype} {list(found)}, laid out as {dtype} {list(shape)}")
 

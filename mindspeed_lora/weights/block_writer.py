@@ -1,0 +1,129 @@
+"""Writing a file block by block, by two threads: each takes a block, reads and computes it, takes its CRC32 and writes it."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+
+from mindspeed_lora.files import crc32_joined
+
+THREADS = 2  # more would wait for the disk; each holds one block
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a tensor, or all of it: shape and dtype are known, ``make`` is called by the thread that writes it.
+
+    ``make`` None: there is no data (a dry run), its place stays empty.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor] | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the data."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class _Written(NamedTuple):
+    start: int
+    length: int
+    crc: int
+
+
+class BlockWriter:
+    """An open file. An error in a thread is raised in the caller, by a later :meth:`write` or by :meth:`settle`.
+
+    Leaving the ``with`` block waits for the blocks under way and drops the others: call :meth:`settle` first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="block-writer")
+        self._pending: deque[Future[_Written]] = deque()
+        self._written: list[_Written] = []
+
+    def __enter__(self) -> BlockWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        os.close(self.descriptor)
+
+    def write(self, offset: int, block: Block) -> None:
+        """Have a block made and written at ``offset``; Raises what an earlier block raised."""
+        if len(self._pending) >= 2 * THREADS:
+            self._written.append(self._pending.popleft().result())
+        self._pending.append(self._threads.submit(self._write, offset, block))
+
+    def settle(self) -> None:
+        """Wait until all is written; Raises what a block raised."""
+        while self._pending:
+            self._written.append(self._pending.popleft().result())
+        self._written.sort()
+
+    def _write(self, offset: int, block: Block) -> _Written:
+        if block.make is None:
+            return _Written(offset, block.num_bytes, 0)
+        content = tensor_bytes(block.make())
+        if len(content) != block.num_bytes:
+            raise ValueError(f"a block of {block.dtype} {list(block.shape)} came as {len(content)} bytes")
+        crc = zlib.crc32(content)
+        write_at(self.descriptor, offset, content)
+        return _Written(offset, len(content), crc)
+
+    def checksum(self, start: int, stop: int) -> int:
+        """CRC32 of a range of the settled file; only what lies between its blocks is read."""
+        return crc32_joined(self._pieces(start, stop))
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        for index in range(bisect_left(self._written, (start,)), bisect_left(self._written, (stop,))):
+            block = self._written[index]
+            yield from self._read(start, block.start)
+            yield block.crc, block.length
+            start = block.start + block.length
+        yield from self._read(start, stop)
+
+    def _read(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        for first in range(start, stop, _READ_BYTES):
+            content = os.pread(self.descriptor, min(_READ_BYTES, stop - first), first)
+            yield zlib.crc32(content), len(content)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A contiguous CPU tensor's bytes, without a copy where it already is one."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def write_at(descriptor: int, offset: int, data: memoryview) -> None:
+    """Write all of ``data`` (one ``pwrite`` takes at most 2 GiB)."""
+    while data:
+        written = os.pwrite(descriptor, data[: 1 << 30], offset)
+        data, offset = data[written:], offset + written
+
+
+@contextmanager
+def one_thread_per_operation() -> Iterator[None]:
+    """Keep torch from dividing each operation among cores that already have a block each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
