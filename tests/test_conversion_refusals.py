@@ -141,6 +141,31 @@ def test_a_failure_in_the_middle_leaves_nothing(hf: Path, tmp_path: Path, monkey
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("save", ["mg", "hf"])
+def test_a_failure_between_the_renames_takes_back_what_had_moved(
+    save: str, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, moved = Path.replace, []
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.parent.name.startswith(".convert") and not target.parent.name.startswith(".convert"):
+            moved.append(self)
+            if len(moved) == 3:
+                raise OSError(5, "Input/output error")
+        return original(self, target)
+
+    (tmp_path / "kept").mkdir()
+    shutil.copyfile(hf / "config.json", tmp_path / "kept/config.json")
+    monkeypatch.setattr(Path, "replace", failing)
+    for target in (tmp_path / "a/out", tmp_path / "kept"):
+        moved.clear()
+        with pytest.raises(CheckpointError, match=r"Input/output error.*nothing of it is left"):
+            run_convert("hf", save, hf, target)
+    assert not (tmp_path / "a").exists()
+    assert [path.name for path in (tmp_path / "kept").iterdir() if path.name != "mg2hg"] == ["config.json"]
+    assert not (tmp_path / "kept/mg2hg").exists()
+
+
 @pytest.mark.parametrize("save", ["mg", "hf", "peft"])
 def test_a_full_disk_is_one_message_and_leaves_nothing(save: str, tmp_path: Path, capsys: Any) -> None:
     """Files of at most some bytes: the kernel refuses the rest of a write, as a full disk does."""

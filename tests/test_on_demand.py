@@ -164,7 +164,7 @@ def test_rows_of_a_shard_are_the_shards_rows(folder: Path) -> None:
         for tp_size in (1, 2, 4):
             whole = table.shard(row, parts, tp_size - 1, tp_size)
             for start, stop in ((0, whole.shape[0]), (1, 3), (whole.shape[0] // 2 - 1, whole.shape[0])):
-                assert torch.equal(table.shard_rows(row, parts, tp_size - 1, tp_size, start, stop), whole[start:stop])
+                assert torch.equal(table.shard_rows(row, base.pieces(row, 1), tp_size - 1, tp_size, start, stop), whole[start:stop])
 
 
 def test_padding_of_an_uneven_buffer() -> None:

@@ -13,7 +13,9 @@ from pool import ProcessPool, RankError
 from training_helpers import change, losses, make_config, make_workspace, metrics, run_training, saved_parameters
 
 from mindspeed_lora.arguments.configs import TrainConfig
-from mindspeed_lora.errors import MindSpeedLoraError, UsageError
+from mindspeed_lora.checkpoint.start import verify_folder
+from mindspeed_lora.conversion.inspect import describe
+from mindspeed_lora.errors import CheckpointError, MindSpeedLoraError, UsageError
 
 STEPS, STOP = 20, 10
 
@@ -136,12 +138,29 @@ def test_no_save_optim_leaves_counters_only(workspace: Path, tmp_path: Path) -> 
     config = make_config(workspace, save__save=tmp_path / "a", save__save_optim=False, save__save_rng=False, train_iters=2)
     run_training(config)
     resume = tmp_path / "a" / "iter_0000002" / "resume"
-    assert [path.name for path in resume.iterdir()] == ["trainer_state.json"]
+    assert sorted(path.name for path in resume.iterdir()) == ["mindspeed_lora.json", "trainer_state.json"]
     config = change(config, load__lora_load=tmp_path / "a", save__save=tmp_path / "b", train_iters=4)
     with pytest.raises(MindSpeedLoraError, match="--no-load-optim"):
         run_training(config)
     run_training(change(config, load__load_optim=False))
     assert metrics(tmp_path / "b")[0]["iteration"] == 3
+
+
+def test_verify_and_inspect_cover_the_training_state(stopped: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(stopped, tmp_path / "broken"))
+    resume = broken / f"iter_{STOP:07d}/resume"
+    assert dict(describe(broken, verify=True))["training"].startswith(f"can be continued from iteration {STOP} (resume/); ")
+    state = max(resume.iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"resume/{state.name}: its CRC32 differs"):
+        verify_folder(broken)
+    with pytest.raises(CheckpointError, match=rf"resume/{state.name}: its CRC32 differs"):
+        list(describe(broken, verify=True))
+    shutil.rmtree(resume)  # somebody gives the adapter away without it
+    verify_folder(broken)
+    assert "training" not in dict(describe(broken))
 
 
 def test_a_finished_run_says_so(workspace: Path, stopped: Path) -> None:

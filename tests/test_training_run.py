@@ -16,6 +16,7 @@ from pool import ProcessPool
 from training_helpers import TARGETS, change, losses, make_config, make_workspace, metrics, run_training, write_data, write_tokenizer
 
 from mindspeed_lora.arguments.configs import LoraFlags, TrainConfig
+from mindspeed_lora.checkpoint.together import together
 from mindspeed_lora.errors import MindSpeedLoraError, UsageError
 from mindspeed_lora.parallel.context import build_context, single_process_context
 from mindspeed_lora.training.flat import TrainedParameter
@@ -236,18 +237,20 @@ def test_dead_lora_gradients_stop_the_run(workspace: Path, monkeypatch: pytest.M
 
 
 def replicas(differ: bool) -> str:
+    """In one of two tensor-parallel groups they differ."""
     context = build_context(torch.device("cpu"), tensor_parallel_size=2)
-    weight = torch.nn.Parameter(torch.full((2,), 1.0 + differ * context.tp_rank))
+    weight = torch.nn.Parameter(torch.full((2,), 1.0 + differ * (context.rank == 1)))
     try:
-        check_replicas([TrainedParameter("decoder.final_layernorm.weight", weight)], context)
+        named = [TrainedParameter("decoder.final_layernorm.weight", weight)]
+        together(context, lambda: check_replicas(named, context), "comparing")
     except MindSpeedLoraError as error:
         return str(error)
     return ""
 
 
 def test_replicas_that_differ_are_named(pool: ProcessPool) -> None:
-    assert pool.run(replicas, 2, False) == ["", ""]
-    assert all("decoder.final_layernorm.weight differs" in text for text in pool.run(replicas, 2, True))
+    assert pool.run(replicas, 4, False) == [""] * 4
+    assert all("rank 0: decoder.final_layernorm.weight differs" in text for text in pool.run(replicas, 4, True)), "both groups stop"
     check_replicas([], single_process_context())
 
 

@@ -50,7 +50,7 @@ def load_base(stages: Sequence[GPTStage], base: Base, table: WeightTable, contex
                 row, layer = table.parse(name.replace(".base_layer", ""))
                 rank, size = context.cut(row.expert is not None)
                 if holder is not None:
-                    holder.load(whole, partial(table.shard_rows, row, base.parts(row, layer), rank, size), number)
+                    holder.load(whole, partial(table.shard_rows, row, base.pieces(row, layer), rank, size), number)
                 else:
                     _copy(parameter, base.shard(table, row, layer, rank, size), name, base.path)
                 count += 1

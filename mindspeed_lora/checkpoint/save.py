@@ -5,7 +5,7 @@
     <save>/config.json, tokenizer files
     <save>/iter_0000010/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt    Megatron names, stage-local layers, experts of the rank from 0
     <save>/iter_0000010/peft/                                  the adapter as PEFT and vLLM read it
-    <save>/iter_0000010/resume/                                see mindspeed_lora.checkpoint.resume
+    <save>/iter_0000010/resume/                                see mindspeed_lora.checkpoint.resume; a manifest of its own
     <save>/iter_0000010/mindspeed_lora.json                    manifest
     <save>/latest_checkpointed_iteration.txt                   written last
 
@@ -86,8 +86,14 @@ def save_checkpoint(
             lambda: write_resume(staging / name / RESUME_FOLDER, state, saved, table, context, target.save_rng),
             "saving the training state",
         )
+        resumed = together(context, lambda: _own_parts(staging / name / RESUME_FOLDER, context), "describing the training state")
         known = [part for part in parts if part is not None]
-        together(context, lambda: _finish(target, staging, state, table, known) if context.rank == 0 else None, "completing the checkpoint")
+        state_parts = sorted((part for own in resumed for part in own), key=lambda part: part.file)
+        together(
+            context,
+            lambda: _finish(target, staging, state, table, known, state_parts) if context.rank == 0 else None,
+            "completing the checkpoint",
+        )
     except BaseException:
         if context.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
@@ -118,14 +124,20 @@ def _write_model(
     return part_of(folder, path)
 
 
-def _finish(target: SaveTarget, staging: Path, state: TrainerState, table: WeightTable, parts: list[Part]) -> None:
-    """Companions, PEFT folder, manifest; then the renames, and the tracker."""
+def _own_parts(folder: Path, context: ParallelContext) -> list[Part]:
+    """Some of a folder's files, which all ranks share out among them: to take a checksum is to read."""
+    return [part_of(folder, path) for path in sorted(folder.iterdir())[context.rank :: context.world_size]]
+
+
+def _finish(target: SaveTarget, staging: Path, state: TrainerState, table: WeightTable, parts: list[Part], state_parts: list[Part]) -> None:
+    """Companions, PEFT folder, manifests (the training state's is its own, for that may be removed); the renames, and the tracker."""
     name = iteration_directory_name(state.iteration)
     folder = staging / name
     companions = copy_companions(target.config_dir, target.tokenizer_dir, staging)
     if target.lora is not None:
         write_peft_folder(folder / PEFT_FOLDER, folder, table, target.lora, Path(target.base["path"]))
         parts = parts + [part_of(folder, path) for path in sorted((folder / PEFT_FOLDER).iterdir())]
+    write_manifest(folder / RESUME_FOLDER, Manifest(kind="resume", iteration=state.iteration, parts=state_parts))
     write_manifest(folder, _manifest(target, folder, state, table, parts))
     for companion in companions:
         if not (target.folder / companion).exists():

@@ -70,7 +70,8 @@ def verify_folder(folder: Path) -> str:
     Raises:
         CheckpointError: a file is missing, has another size, or other bytes.
     """
-    places = [folder, *([find_iteration(folder)[0]] if is_megatron_folder(folder) else [])]
+    iteration = [find_iteration(folder)[0]] if is_megatron_folder(folder) else []
+    places = [folder, *iteration, *(place / RESUME_FOLDER for place in iteration)]
     verified = 0
     for place in places:
         manifest = read_manifest(place)

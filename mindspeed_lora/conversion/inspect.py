@@ -196,10 +196,17 @@ def _manifest_lines(folder: Path, manifest: Manifest | None, verify: bool) -> It
         yield "base", _pairs(manifest.base)
     if manifest.counts:
         yield "counts", _pairs(manifest.counts)
+    yield "files", _checked(folder, manifest, verify)
+    for place in sorted(folder.iterdir()):
+        if place.is_dir() and (inner := read_manifest(place)) is not None and inner.kind == "resume":
+            yield "training", f"can be continued from iteration {inner.iteration} ({place.name}/); {_checked(place, inner, verify)}"
+
+
+def _checked(folder: Path, manifest: Manifest, verify: bool) -> str:
     _check_sizes(folder, manifest)
     if verify:
         verify_parts(folder, manifest)
-    yield "files", f"{len(manifest.parts)} files have the {'checksum' if verify else 'size'} that the manifest lists"
+    return f"{len(manifest.parts)} files have the {'checksum' if verify else 'size'} that the manifest lists"
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:

@@ -8,7 +8,7 @@ share = |merged - (W + delta)| / |delta| in fp32 (Frobenius norms over all tenso
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -60,27 +60,29 @@ class Change:
         matrix_a, matrix_b = matrix_a.float(), matrix_b.float()
         return cls(matrix_a, matrix_b, scale, (matrix_a @ matrix_a.T).double())
 
-    def added_to(self, weight: torch.Tensor, first: int, dtype: torch.dtype) -> tuple[torch.Tensor, float, float]:
-        """Rows of W from ``first`` on, changed and cast once to ``dtype``; squared norms of the change and of what the cast took.
+    def added_to(
+        self, rows_of_base: Callable[[int, int], torch.Tensor], first: int, last: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, float, float]:
+        """Rows [first, last) of W changed and cast once to ``dtype``; squared norms of the change and of what the cast took.
 
         The last is infinite or NaN where the result, or the sum before the cast, is.
         """
-        rows, width = weight.shape
-        matrix_b = self.matrix_b[first : first + rows]
+        rows, width = last - first, self.matrix_a.shape[1]
         result = torch.empty(rows, width, dtype=dtype)
         step = max(_CACHED_BYTES // (4 * width), 1)
         sums, casts = torch.empty(2, min(step, rows), width).unbind()
         power_of_two = abs(math.frexp(self.scale)[0]) == 0.5  # then scaling rounds nothing, and may be one step with the sum
         lost = 0.0
-        for own, rows_b, out in zip(weight.split(step), matrix_b.split(step), result.split(step), strict=True):
-            total, other = sums[: len(own)], casts[: len(own)]
-            torch.mm(rows_b, self.matrix_a, out=total)
-            other.copy_(own)
+        for start, out in zip(range(first, last, step), result.split(step), strict=True):
+            total, other = sums[: len(out)], casts[: len(out)]
+            torch.mm(self.matrix_b[start : start + len(out)], self.matrix_a, out=total)
+            other.copy_(rows_of_base(start, start + len(out)))
             if power_of_two:
                 torch.add(other, total, alpha=self.scale, out=total)
             else:
                 total.mul_(self.scale).add_(other)
             flat = total.sub_(other.copy_(out.copy_(total))).view(-1)
             lost += float(torch.dot(flat, flat))
+        matrix_b = self.matrix_b[first:last]
         delta = float(((matrix_b.T @ matrix_b).double() * self.gram).sum())
         return result, max(self.scale * self.scale * delta, 0.0), lost

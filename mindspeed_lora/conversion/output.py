@@ -65,7 +65,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written.
     """
-    created = _missing_parents(target)
+    created, moved = _missing_parents(target), []
     staging = temporary_name(target / "convert")
     try:
         staging.mkdir(parents=True)
@@ -73,16 +73,19 @@ def staged_folder(target: Path) -> Iterator[Path]:
         _refuse_other_contents(staging, target)
         for entry in sorted(staging.iterdir(), key=lambda path: path.name == TRACKER_NAME):
             fsync_path(entry)
-            entry.replace(target / entry.name)
+            place = target / entry.name
+            moved += [] if place.exists() else [place]
+            entry.replace(place)
         fsync_path(target)
-        created = []
+        created, moved = [], []
     except OSError as error:
         raise CheckpointError(
             f"--save-dir {target}: cannot be written ({error}); nothing of it is left. Free disk space (--dry-run says how much) or choose "
             "another folder"
         ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        for place in (staging, *moved):
+            _remove(place)
         for folder in created:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -94,6 +97,13 @@ def _refuse_other_contents(staging: Path, target: Path) -> None:
         existing = target / entry.name
         if existing.exists() and not (entry.is_file() and existing.is_file() and entry.read_bytes() == existing.read_bytes()):
             raise CheckpointError(f"--save-dir {target}: already holds another {entry.name}; nothing is overwritten, choose another folder")
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
 
 
 def _missing_parents(target: Path) -> list[Path]:

@@ -18,10 +18,10 @@ from mindspeed_lora.weights.block_writer import Block
 from mindspeed_lora.weights.lora_blocks import module_of, part_scales
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.sources import Adapter, Base
-from mindspeed_lora.weights.table import Row, span
+from mindspeed_lora.weights.table import Row, rows_of
 
 BLOCK_BYTES = 1 << 22
-WINDOW_BYTES = 1 << 27  # read before the files are mapped anew: pages that were read count as memory while their mapping lives
+WINDOW_BYTES = 1 << 26  # read before the files are mapped anew: pages that were read count as memory while their mapping lives
 Rows = tuple[int, int, int]
 """(HF part, first row, behind the last row)."""
 ALL_COLUMNS = slice(None)
@@ -52,28 +52,27 @@ class WeightStream:
             for start, stop in _row_blocks(pieces[part], row.axis, first, last):
                 if left <= 0:
                     pieces, left = self.base.pieces(row, layer), WINDOW_BYTES
-                stored = partial(_rows, pieces[part], row.axis, start, stop, columns)
-                make = partial(self._made, stored, row, names[part], start, columns, changes[part], dtypes[part])
+                stored = partial(rows_of, pieces[part], row.axis, columns)
+                make = partial(self._made, stored, row, names[part], (start, stop, columns.start), changes[part], dtypes[part])
                 block = Block((stop - start, *shape), dtypes[part], make)
                 left -= block.num_bytes
                 yield block
 
     def _made(
         self,
-        stored: Callable[[], torch.Tensor],
+        stored: Callable[[int, int], torch.Tensor],
         row: Row,
         name: str,
-        start: int,
-        columns: slice,
+        place: tuple[int, int, int | None],
         change: Change | None,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        """One block as it is to be written; several threads may be here."""
+        """One block as it is to be written; several threads may be here. ``place``: first row, behind the last, first column."""
         if change is None:
-            block, lost = stored().to(dtype).contiguous(), math.inf
+            block, lost = stored(*place[:2]).to(dtype).contiguous(), math.inf
         else:
-            block, delta, lost = change.added_to(stored(), start, dtype)
-            self.report.add((name, start, columns.start), row, delta, lost)
+            block, delta, lost = change.added_to(stored, *place[:2], dtype)
+            self.report.add((name, *place), row, delta, lost)
         if not math.isfinite(lost):  # a finite difference from what is finite: nothing to look for
             self._check_finite(name, block)
         return block
@@ -101,10 +100,3 @@ def _row_blocks(pieces: Sequence[torch.Tensor], axis: int | None, first: int, la
     for end in [*ends, last]:
         yield from ((start, min(start + step, end)) for start in range(first, end, step))
         first = end
-
-
-def _rows(pieces: Sequence[torch.Tensor], axis: int | None, start: int, stop: int, columns: slice) -> torch.Tensor:
-    if axis != 1:
-        return span(pieces, 0, start, stop)
-    width = sum(piece.shape[1] for piece in pieces)
-    return span([piece[start:stop] for piece in pieces], 1, *columns.indices(width)[:2])

@@ -220,6 +220,14 @@ def span(blocks: Sequence[torch.Tensor], dim: int, start: int, stop: int) -> tor
     return _join(pieces, dim)
 
 
+def rows_of(pieces: Sequence[torch.Tensor], axis: int | None, columns: slice, start: int, stop: int) -> torch.Tensor:
+    """Rows, and where the pieces lie side by side (``axis`` 1) columns, of what they would be if joined; nothing else is touched."""
+    if axis != 1:
+        return span(pieces, 0, start, stop)
+    width = sum(piece.shape[1] for piece in pieces)
+    return span([piece[start:stop] for piece in pieces], 1, *columns.indices(width)[:2])
+
+
 def joined(row: Row, pieces: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
     """Pieces of each HF part, as :func:`shard_blocks` gives them -> HF parts; vocabulary padding is cut off."""
     return _unpadded(row, [_join(blocks, row.axis or 0) for blocks in pieces])
@@ -351,13 +359,17 @@ class WeightTable:
         """One rank's contiguous shard of a cut row, from its own section of each part along ``row.axis``."""
         return _interleave(own, max(row.units(tp_size) // tp_size, 1)).contiguous()
 
-    def shard_rows(self, row: Row, parts: Sequence[torch.Tensor], tp_rank: int, tp_size: int, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of one rank's shard of a layer's tensor; of mapped files no other row is read."""
-        if row.axis == 1:
-            return parts[0].chunk(tp_size, dim=1)[tp_rank][start:stop].contiguous()
-        local = parts if row.axis is None else [part.chunk(tp_size)[tp_rank] for part in parts]
-        blocks = _interleaved(local, max(row.units(tp_size) // (tp_size if row.axis == 0 else 1), 1))
-        return span(blocks, 0, start, stop).contiguous()
+    def shard_rows(
+        self, row: Row, pieces: Sequence[Sequence[torch.Tensor]], tp_rank: int, tp_size: int, start: int, stop: int
+    ) -> torch.Tensor:
+        """Rows [start, stop) of one rank's shard of a layer's tensor; of ``pieces`` (see :func:`shard_blocks`) no other row is read."""
+        columns, found, first = self.shard_columns(row, tp_rank, tp_size), [], 0
+        for part, low, high in self.shard_ranges(row, tp_rank, tp_size):
+            skipped, taken = max(start - first, 0), min(stop - first, high - low)
+            if taken > skipped:
+                found.append(rows_of(pieces[part], row.axis, columns, low + skipped, low + taken))
+            first += high - low
+        return _join(found, 0).contiguous()
 
     def shard_ranges(self, row: Row, tp_rank: int, tp_size: int) -> list[tuple[int, int, int]]:
         """(part, start, stop): the rows of HF parts that one rank's shard of a layer's tensor holds, one after the other."""
