@@ -226,9 +226,9 @@ class MegatronBase(Base):
         shards, count = self._shards(row, None), row.part_shapes[0][0]
         self._check_shapes(row, None, shards)
         own = [span(shards, 0, start, stop)] if stop > start else []
-        own += [span(shards, 0, count - 1, count).expand(missing, -1)] if missing else []
-        self.folder.note_read(own)
-        return torch.cat(own)
+        last = [span(shards, 0, count - 1, count)] if missing else []
+        self.folder.note_read(own + last)
+        return torch.cat([*own, *(each.expand(missing, -1) for each in last)])
 
     def part_dtypes(self, row: Row, layer: int | None) -> list[torch.dtype]:
         """See the base class."""
