@@ -82,6 +82,8 @@ def make_model(folder: Path, shape: dict[str, int]) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
 
     class Random:
+        verb = "making"
+
         def part_dtypes(self, row: Row, layer: int | None) -> list[torch.dtype]:
             return [torch.bfloat16] * len(row.part_shapes)
 

@@ -45,6 +45,8 @@ class Forecast:
 class ShapeStream(WeightStream):
     """Hands out tensors of the right shape and dtype that hold no data."""
 
+    verb = "measuring"
+
     def blocks(self, row: Row, layer: int | None, ranges: Sequence[Rows], columns: slice = ALL_COLUMNS) -> Iterator[Block]:
         """See the base class."""
         dtypes = self.part_dtypes(row, layer)

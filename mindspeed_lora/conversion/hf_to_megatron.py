@@ -41,7 +41,7 @@ def write_megatron(folder: Path, stream: WeightStream, table: WeightTable, layou
     keys = [key for stage in stages for chunk in _stage_chunks(table, layout, stage, ranks[0]) for key in chunk]
     checksums = {}
     total = len(ranks) * sum(row is not None for _, row, _ in keys)
-    with tqdm(total=total, desc="writing Megatron files", unit="tensor") as progress:
+    with tqdm(total=total, desc=f"{stream.verb} Megatron files", unit="tensor") as progress:
         for stage in stages:
             for tp_rank, ep_rank in ranks:
                 name = rank_directory_name(tp_rank, stage, layout.pipeline_parallel_size, ep_rank, layout.expert_parallel_size)

@@ -21,7 +21,7 @@ def write_hugging_face(folder: Path, stream: WeightStream, table: WeightTable, m
         for part, (name, shape, dtype) in enumerate(named):
             specs.append(HFTensorSpec(name, shape, dtype))
             places[name] = row, layer, part
-    with tqdm(total=len(specs), desc="writing safetensors", unit="tensor") as progress:
+    with tqdm(total=len(specs), desc=f"{stream.verb} safetensors", unit="tensor") as progress:
 
         def read(spec: HFTensorSpec) -> Iterator[Block]:
             row, layer, part = places[spec.name]

@@ -135,7 +135,7 @@ def export_adapter(config: ConvertConfig) -> int:
     lora = adapter_values(config, adapter, table)
     target = hf_target(config.save_dir)
     tensors = {(row, layer): adapter.lora_parts(row, layer) for row, layer, _ in adapted_entries(table, lora)}
-    base_path = (adapter.base_reference or {}).get("path") or str(folder)
+    base_path = (adapter.base_reference or {}).get("path") or str(folder.resolve())
     if config.dry_run:
         return report(forecast(target, lambda staging: write_peft_adapter(staging, table, lora, tensors, base_path), resident_bytes()))
     with staged_folder(target) as staging:

@@ -30,6 +30,8 @@ ALL_COLUMNS = slice(None)
 class WeightStream:
     """Hands out the tensors to write in the target's dtype."""
 
+    verb = "writing"
+
     def __init__(self, base: Base, adapter: Adapter | None, lora: LoraSpec | None, dtype: torch.dtype | None) -> None:
         self.base, self.adapter, self.lora, self.dtype = base, adapter, lora, dtype
         self.report = RoundingReport()
