@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conversion_helpers import assert_same_tensors, run_convert
+from conversion_helpers import TARGETS, assert_same_tensors, random_lora, run_convert, write_megatron_adapter
 from helpers import tiny_qwen3
 
 from mindspeed_lora.conversion import stream
@@ -21,6 +21,10 @@ from mindspeed_lora.files import crc32_joined, crc32_of
 from mindspeed_lora.manifest import read_manifest
 from mindspeed_lora.weights import megatron_folder, torch_stream
 from mindspeed_lora.weights.block_writer import Block, BlockWriter
+from mindspeed_lora.weights.config import Layout
+from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.sources import open_base
+from mindspeed_lora.weights.table import WeightTable
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -52,6 +56,21 @@ def test_blocks_write_what_one_piece_writes(tied: bool, tmp_path: Path, monkeypa
             other = tmp_path / str(block) / file.relative_to(tmp_path / str(1 << 25))
             first, second = (torch_files_model(path) for path in (file, other))
             assert all(value.equal(second[key]) for key, value in first.items() if value is not None) and list(first) == list(second)
+
+
+def test_blocks_merge_as_one_piece_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = tiny_qwen3(tmp_path / "hf", num_hidden_layers=2, dtype="bfloat16")
+    table, spec = WeightTable(open_base(hf).model_config), LoraSpec(4, 8.0, TARGETS)
+    adapter = write_megatron_adapter(tmp_path / "lora", table, spec, random_lora(table, spec), Layout(2, 1))
+    run_convert("hf", "mg", hf, tmp_path / "mg", target_tensor_parallel_size=2)
+    found = []
+    for block in (1 << 22, 7 * 64 * 2):  # 7 rows of bf16
+        monkeypatch.setattr(stream, "BLOCK_BYTES", block)
+        monkeypatch.setattr(stream, "WINDOW_BYTES", block)
+        for kind, source in (("hf", hf), ("mg", tmp_path / "mg")):
+            run_convert(kind, "hf", source, tmp_path / f"{kind}{block}", lora_load=adapter)
+            found.append(checksums(tmp_path / f"{kind}{block}"))
+    assert all(each == found[0] for each in found)
 
 
 def torch_files_model(path: Path) -> dict[str, Any]:
