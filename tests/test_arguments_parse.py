@@ -12,7 +12,15 @@ from helpers import ROOT
 
 from mindspeed_lora.arguments import help_texts
 from mindspeed_lora.arguments.checks import resolve_global_batch_size
-from mindspeed_lora.arguments.configs import LORA_TARGETS, ConvertConfig, EvaluationConfig, InferenceConfig, PreprocessConfig, TrainConfig
+from mindspeed_lora.arguments.configs import (
+    LATENT_TARGETS,
+    LORA_TARGETS,
+    ConvertConfig,
+    EvaluationConfig,
+    InferenceConfig,
+    PreprocessConfig,
+    TrainConfig,
+)
 from mindspeed_lora.arguments.flag import COMMANDS, CONVERT, EVALUATE, INFER, PREPROCESS, REFUSED, TRAIN
 from mindspeed_lora.arguments.parser import parse
 from mindspeed_lora.arguments.registry import flags_of
@@ -157,6 +165,8 @@ def test_lora_targets_are_kept_in_one_order() -> None:
     line = "--load base --data-path x --train-iters 3 --lora-target-modules linear_fc1 linear_qkv linear_fc1"
     config, _ = parse(TRAIN, line.split())
     assert config.lora.targets == ("linear_qkv", "linear_fc1") and config.lora.r is None
+    config, _ = parse(TRAIN, [*LINES[TRAIN].split(), "--lora-target-modules", *LATENT_TARGETS, *LORA_TARGETS])
+    assert isinstance(config, TrainConfig) and config.lora is not None and config.lora.targets == (*LORA_TARGETS, *LATENT_TARGETS)
 
 
 @pytest.mark.parametrize(

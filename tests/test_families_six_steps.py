@@ -44,7 +44,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, str]] = {
     "qwen3_moe": ({"mlp_only_layers": []}, "qwen3-moe", "qwen3"),
     "deepseek_v2_lite": ({}, "deepseek2-lite", "deepseek2-lite"),
     "deepseek_v2": ({}, "deepseek2", "deepseek2"),
-    "deepseek_v3": ({}, "deepseek3", "deepseek3"),
+    "deepseek_v3": ({}, "deepseek3", "default"),
 }
 LAYERS, RANK, ALPHA, QUESTIONS = 4, 4, 16.0, 3
 

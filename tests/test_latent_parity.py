@@ -13,6 +13,7 @@ from helpers import make_model
 from test_experts_parity import LAYOUTS, _parts
 
 from mindspeed_lora.arguments.configs import RecomputeFlags
+from mindspeed_lora.errors import UsageError
 from mindspeed_lora.parallel.collectives import all_reduce
 from mindspeed_lora.parallel.context import build_context
 from mindspeed_lora.parallel.pipeline import PipelineRunner
@@ -61,6 +62,15 @@ def test_logits_equal_transformers(folders: dict[str, Path], family: str) -> Non
     ids = batch()[0]
     expected = reference(folders[family])(input_ids=ids).logits
     torch.testing.assert_close(build_engine(folders[family]).stages[0](ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_target_that_the_family_lacks_is_refused_with_those_that_it_has(folders: dict[str, Path]) -> None:
+    lite = WeightTable(model_config_from_hf(folders[LITE]))
+    has = "it has linear_fc1, linear_fc2, linear_kv_up_proj, linear_proj, linear_qkv$"
+    with pytest.raises(UsageError, match=f"--lora-target-modules linear_q_up_proj matches nothing in a deepseek_v2 model; {has}"):
+        lite.lora_rows(("linear_qkv", "linear_q_up_proj"))
+    with pytest.raises(UsageError, match="linear_q_up_proj matches no module of the model"):
+        build_engine(folders[LITE], lora=LoraSpec(4, 8.0, ("linear_q_up_proj",)))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_lora.arguments.checks_asking import check_asking
-from mindspeed_lora.arguments.configs import LORA_TARGETS, LossScaleFlags, TrainConfig
+from mindspeed_lora.arguments.configs import LATENT_TARGETS, LORA_TARGETS, LossScaleFlags, TrainConfig
 from mindspeed_lora.arguments.flag import CONVERT, INFER, PREPROCESS, RUNS, TRAIN, Flag
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.manifest import MANIFEST_NAME, read_manifest
@@ -83,7 +83,7 @@ def _check_lora(command: str, values: Values, sources: Sources) -> None:
     """Targets in their own order; LoRA flags need a place to act; an adapter needs a base."""
     targets = values.get("lora.targets")
     if targets is not None:
-        values["lora.targets"] = tuple(target for target in LORA_TARGETS if target in targets)
+        values["lora.targets"] = tuple(target for target in (*LORA_TARGETS, *LATENT_TARGETS) if target in targets)
     adapter = values.get("load.lora_load") or values.get("lora_load")
     if adapter is not None:
         values.setdefault("lora", True)  # the group exists, even where every value of it is left to the adapter
