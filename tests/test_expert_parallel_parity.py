@@ -172,6 +172,19 @@ def test_full_gradients_at_every_layout(pool: Any, folders: dict[str, Path], fam
         check_full(pool, folders[family], grid)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_deepseek_s_gradients_equal_one_process(pool: Any, tmp_path: Path, family: str) -> None:
+    """Groups of experts, a bias of the choice, shared experts and latent attention beside the dispatch."""
+    folder, grid = make_model(tmp_path / "model", family), Grid(tp=2, pp=2, ep=2, etp=1, sp=True)
+    table = WeightTable(model_config_from_hf(folder))
+    alone, several = (whole(pool.run(gradient_cell, each.world_size, folder, each, True, each.sp), table) for each in (Grid(pp=1), grid))
+    assert several.keys() == alone.keys()
+    for name, parts in alone.items():
+        torch.testing.assert_close(
+            torch.cat(several[name]), torch.cat(parts), rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 def _place(grid: Grid) -> tuple[Any, ...]:
     context = build_context(torch.device("cpu"), grid.tp, grid.pp, grid.sp, grid.ep, grid.etp)
     experts = context.experts
