@@ -1,15 +1,17 @@
 """Greedy decoding: ours against transformers' ``generate``, in one run of one CPU process, same model, prompts and lengths.
 
-    OMP_NUM_THREADS=1 python benchmarks/decode_speed.py --output benchmarks/results/decode_speed.json
+    python benchmarks/decode_speed.py --threads 1 2 --lengths 32+64 128+64 128+256 --output benchmarks/results/decode_speed.json
 
 Both sides run transformers' own ``GenerationMixin.generate`` (greedy, no stop token) in fp32 on the same 60M-parameter Qwen3: theirs over
 ``AutoModelForCausalLM`` with SDPA attention and its dynamic cache, ours over this project's model and cache (``inference.generator``).
-The sides alternate, so that a busy machine slows both; tokens must be equal. Prefill is part of the time of both.
+The sides alternate, so that a busy machine slows both; tokens must be equal. Prefill is part of the time of both. ``--cpu-time`` counts
+the work of the process's own thread, whatever else the machine does; with one thread only.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -80,32 +82,53 @@ def our_side(folder: Path) -> Side:
     return run
 
 
-def compare(sides: dict[str, Side], batch: int, prompt_length: int, new_tokens: int, rounds: int) -> dict[str, Any]:
-    """Tokens per second of each side, taking turns; the first round is not counted."""
+def compare(
+    sides: dict[str, Side], batch: int, lengths: tuple[int, int], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Any]:
+    """Tokens per second of each side, taking turns; ``lengths``: of prompt and answer; the first round is not counted."""
     import torch
 
-    generator = torch.Generator().manual_seed(batch)
+    (prompt_length, new_tokens), generator = lengths, torch.Generator().manual_seed(batch)
     prompts = torch.randint(3, SHAPE["vocab_size"], (batch, prompt_length), generator=generator).tolist()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     answers: dict[str, list[list[int]]] = {}
     for number in range(rounds + 1):
         for name in sides if number % 2 else reversed(sides):
-            start = time.perf_counter()
+            start = clock()
             answers[name] = sides[name](prompts, new_tokens)
             if number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     ours, theirs = (statistics.median(seconds[name]) for name in sides)
     by_round = [theirs_s / ours_s for ours_s, theirs_s in zip(*seconds.values(), strict=True)]
     return {
+        "threads": torch.get_num_threads(),
         "batch": batch,
+        "prompt_length": prompt_length,
+        "new_tokens": new_tokens,
         "equal_tokens": answers["ours"] == answers["transformers"],
         "ours_tokens_per_s": round(batch * new_tokens / ours, 1),
         "transformers_tokens_per_s": round(batch * new_tokens / theirs, 1),
         "ratio": round(theirs / ours, 3),
+        "ratio_of_best": round(min(seconds["transformers"]) / min(seconds["ours"]), 3),
         "ratio_by_round": [round(value, 3) for value in by_round],
         "bar": BARS.get(batch),
         "seconds": {name: [round(value, 4) for value in values] for name, values in seconds.items()},
     }
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="prompts answered together")
+    parser.add_argument("--lengths", nargs="+", default=["32+64", "128+64", "128+256"], help="tokens of prompt and of answer")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="of torch")
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each side")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of the process in place of wall time; needs --threads 1")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file (default: only printed)")
+    options = parser.parse_args()
+    if options.cpu_time and options.threads != [1]:
+        parser.error("--cpu-time: threads that wait for one another count as work; use --threads 1")
+    return options
 
 
 def main() -> None:
@@ -114,26 +137,26 @@ def main() -> None:
     from common import machine
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="prompts answered together")
-    parser.add_argument("--prompt-length", type=int, default=128, help="tokens")
-    parser.add_argument("--new-tokens", type=int, default=256, help="tokens generated for each prompt")
-    parser.add_argument("--rounds", type=int, default=7, help="counted rounds of each side")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file (default: only printed)")
-    options = parser.parse_args()
+    options = parsed()
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.manual_seed(0)
         model = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         model.save_pretrained(folder)
+        del model
         sides = {"ours": our_side(folder), "transformers": transformers_side(folder)}
-        rows = [compare(sides, batch, options.prompt_length, options.new_tokens, options.rounds) for batch in options.batches]
+        clock = time.process_time if options.cpu_time else time.perf_counter
+        for threads, lengths, batch in itertools.product(options.threads, options.lengths, options.batches):
+            torch.set_num_threads(threads)
+            prompt_length, new_tokens = map(int, lengths.split("+"))
+            rows.append(compare(sides, batch, (prompt_length, new_tokens), options.rounds, clock))
+            print({key: value for key, value in rows[-1].items() if key != "seconds"}, file=sys.stderr, flush=True)
     result: dict[str, Any] = {
         "machine": machine(),
         "model": {**SHAPE, "parameters": parameters, "dtype": "float32"},
-        "prompt_length": options.prompt_length,
-        "new_tokens": options.new_tokens,
+        "clock": "CPU time" if options.cpu_time else "wall time",
         "rounds": options.rounds,
         "results": rows,
     }

@@ -13,7 +13,7 @@ from helpers import shared_data, tiny_qwen3
 from pool import ProcessPool
 
 from mindspeed_lora.arguments.configs import LoadFlags, LoraFlags, TemplateFlags, TokenizerFlags
-from mindspeed_lora.errors import UsageError
+from mindspeed_lora.errors import DataError, UsageError
 from mindspeed_lora.evaluation.run import evaluate
 
 TOKENIZER = "stories260k/hf"
@@ -212,3 +212,38 @@ def test_other_request_kinds_equal_lm_evals_transformers_backend(model: tuple[Pa
     settings = {"until": ["."], "max_gen_toks": 20, "do_sample": False}
     asked = requests("generate_until", ("Once upon a time", settings), ("Tim and", settings), ("One day", {**settings, "until": ["the"]}))
     assert ours.generate_until(asked) == theirs.generate_until(asked)
+
+
+def written_rows(root: Path, configurations: tuple[str, ...], rows: list[dict[str, Any]], split: str) -> None:
+    """Plain files; each row says which configuration it is of."""
+    for name in configurations:
+        (root / name).mkdir(parents=True)
+        (root / name / f"{split}.jsonl").write_text("\n".join(json.dumps({**row, "of": name}) for row in rows), encoding="utf-8")
+
+
+def test_groups_and_tags_of_lm_evals_read_each_tasks_own_rows(tmp_path: Path) -> None:
+    """A tag (ai2_arc), a group of tasks (wmdp), a group of a tag (mmlu_stem); one set of files is not taken for two."""
+    from lm_eval.tasks import TaskManager
+
+    from mindspeed_lora.evaluation.tasks_named import _specs, load_named
+
+    arc = [{"id": "1", "question": "Why?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}]
+    written_rows(tmp_path / "ai2_arc", ("ARC-Easy", "ARC-Challenge"), arc, "test")
+    written_rows(
+        tmp_path / "wmdp", ("wmdp-bio", "wmdp-chem", "wmdp-cyber"), [{"question": "Why?", "choices": list("abcd"), "answer": 1}], "test"
+    )
+    tag, group = load_named("ai2_arc", tmp_path, ())["tasks"], load_named("wmdp", tmp_path, ())["tasks"]
+    found = {name: [row["of"] for row in task.test_docs()] for name, task in (*tag.items(), *group.items())}
+    assert found == {
+        "arc_easy": ["ARC-Easy"],
+        "arc_challenge": ["ARC-Challenge"],
+        "wmdp_bio": ["wmdp-bio"],
+        "wmdp_chem": ["wmdp-chem"],
+        "wmdp_cyber": ["wmdp-cyber"],
+    }
+    stem = [spec["task"] for spec in _specs(TaskManager().task_index, "mmlu_stem")]
+    assert len(stem) == len(set(stem)) == 19 and {"mmlu_abstract_algebra", "mmlu_machine_learning"} <= set(stem)
+    (tmp_path / "plain" / "ai2_arc").mkdir(parents=True)
+    (tmp_path / "plain" / "ai2_arc" / "test.jsonl").write_text(json.dumps(arc[0]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"configuration ARC-Challenge and .* configuration ARC-Easy, and the files in .* do not say"):
+        load_named("ai2_arc", tmp_path / "plain", ())
