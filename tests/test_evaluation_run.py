@@ -214,11 +214,11 @@ def test_other_request_kinds_equal_lm_evals_transformers_backend(model: tuple[Pa
     assert ours.generate_until(asked) == theirs.generate_until(asked)
 
 
-def written_rows(root: Path, configurations: tuple[str, ...], rows: list[dict[str, Any]], split: str) -> None:
-    """Plain files; each row says which configuration it is of."""
-    for name in configurations:
-        (root / name).mkdir(parents=True)
-        (root / name / f"{split}.jsonl").write_text("\n".join(json.dumps({**row, "of": name}) for row in rows), encoding="utf-8")
+def write_splits(folder: Path, **row: Any) -> None:
+    """A data set of plain files, one row each."""
+    folder.mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.jsonl").write_text(json.dumps(row), encoding="utf-8")
 
 
 def test_groups_and_tags_of_lm_evals_read_each_tasks_own_rows(tmp_path: Path) -> None:
@@ -227,11 +227,11 @@ def test_groups_and_tags_of_lm_evals_read_each_tasks_own_rows(tmp_path: Path) ->
 
     from mindspeed_lora.evaluation.tasks_named import _specs, load_named
 
-    arc = [{"id": "1", "question": "Why?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}]
-    written_rows(tmp_path / "ai2_arc", ("ARC-Easy", "ARC-Challenge"), arc, "test")
-    written_rows(
-        tmp_path / "wmdp", ("wmdp-bio", "wmdp-chem", "wmdp-cyber"), [{"question": "Why?", "choices": list("abcd"), "answer": 1}], "test"
-    )
+    arc = {"id": "1", "question": "Why?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+    for config in ("ARC-Easy", "ARC-Challenge"):
+        write_splits(tmp_path / "ai2_arc" / config, of=config, **arc)
+    for config in ("wmdp-bio", "wmdp-chem", "wmdp-cyber"):
+        write_splits(tmp_path / "wmdp" / config, of=config, question="Why?", choices=list("abcd"), answer=1)
     tag, group = load_named("ai2_arc", tmp_path, ())["tasks"], load_named("wmdp", tmp_path, ())["tasks"]
     found = {name: [row["of"] for row in task.test_docs()] for name, task in (*tag.items(), *group.items())}
     assert found == {
@@ -243,7 +243,6 @@ def test_groups_and_tags_of_lm_evals_read_each_tasks_own_rows(tmp_path: Path) ->
     }
     stem = [spec["task"] for spec in _specs(TaskManager().task_index, "mmlu_stem")]
     assert len(stem) == len(set(stem)) == 19 and {"mmlu_abstract_algebra", "mmlu_machine_learning"} <= set(stem)
-    (tmp_path / "plain" / "ai2_arc").mkdir(parents=True)
-    (tmp_path / "plain" / "ai2_arc" / "test.jsonl").write_text(json.dumps(arc[0]), encoding="utf-8")
+    write_splits(tmp_path / "plain" / "ai2_arc", **arc)
     with pytest.raises(DataError, match=r"configuration ARC-Challenge and .* configuration ARC-Easy, and the files in .* do not say"):
         load_named("ai2_arc", tmp_path / "plain", ())
