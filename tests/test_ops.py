@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mindspeed_lora import ops
-from mindspeed_lora.ops import cpu, cuda, eager, few_rows, fused, products
+from mindspeed_lora.ops import cpu, cuda, eager, fused, products
 
 KERNELS: dict[str, tuple[tuple[int, ...], Callable[[Any], tuple[Any, ...]]]] = {
     "rms_norm": ((5, 2, 3, 8), lambda draw: (draw(8), 1e-3)),
@@ -122,4 +122,3 @@ def test_products_of_a_few_rows(rows: int, outputs: int, dtype: torch.dtype) -> 
     want = x.double() @ weight.double().t() + bias.double()
     torch.testing.assert_close(got.double(), want, rtol=rtol, atol=atol)
     torch.testing.assert_close(ops.linear(x, weight).double(), want - bias.double(), rtol=rtol, atol=atol)
-    assert (few_rows.linear(x[:, :1], weight) == x[:, :1] @ weight.t()).all()

@@ -1,11 +1,12 @@
 """The kernels of a CPU that generates: a few rows in fp32, no gradient. Elsewhere they are :mod:`mindspeed_lora.ops.eager`'s.
 
-A step reads every weight once, so a product should take no longer than that. MKL's ``x W^T`` does for up to 3 rows, from 4 on it
-takes a multiple. The table shows ms for the products of benchmarks/decode_speed.py (166 MB) on one core, where reading takes 7:
+A step reads every weight once, so a product should take no longer than that. MKL's ``x W^T`` does for 2 and 3 rows; from 4 on it takes
+a multiple, and one row is slower than its product of a matrix and a vector. The table shows ms for the products of
+benchmarks/decode_speed.py (166 MB) on one core of a Xeon, where reading takes 7:
 
 | rows | x W^T | (W x^T)^T | blocks of 64 outputs, each a product of one batch |
 |------|-------|-----------|---------------------------------------------------|
-| 1    | 8     | 8         | 8                                                 |
+| 1    | 9     | 7.2       | 8                                                 |
 | 2    | 8     | 17        | 9                                                 |
 | 4    | 19    | 22        | 13                                                |
 | 8    | 21    | 17        | 15                                                |
@@ -26,7 +27,13 @@ _FIRST_BLOCKED, _FIRST_TRANSPOSED, _FIRST_PLAIN = 4, 12, 17  # rows
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.linear`."""
     rows = x.numel() // x.shape[-1]
-    if x.dtype != torch.float32 or not _FIRST_BLOCKED <= rows < _FIRST_PLAIN or not torch.backends.mkl.is_available():
+    if x.dtype != torch.float32 or not torch.backends.mkl.is_available():
+        return F.linear(x, weight, bias)
+    if rows == 1:
+        vector = x.reshape(-1)
+        y = torch.mv(weight, vector) if bias is None else torch.addmv(bias, weight, vector)
+        return y.view(*x.shape[:-1], -1)
+    if not _FIRST_BLOCKED <= rows < _FIRST_PLAIN:
         return F.linear(x, weight, bias)
     flat = x.reshape(rows, -1)
     if rows < _FIRST_TRANSPOSED and weight.shape[0] % _BLOCK == 0 and weight.is_contiguous():
