@@ -13,7 +13,8 @@ import torch  # noqa: E402
 from mindspeed_lora.arguments.configs import OptimizerFlags, RecomputeFlags  # noqa: E402
 from mindspeed_lora.lora.inject import inject_lora  # noqa: E402
 from mindspeed_lora.model.stage import GPTStage, build_stage_modules  # noqa: E402
-from mindspeed_lora.parallel.context import single_process_context  # noqa: E402
+from mindspeed_lora.parallel.context import ParallelContext, single_process_context  # noqa: E402
+from mindspeed_lora.parallel.on_demand import BaseStorage  # noqa: E402
 from mindspeed_lora.parallel.pipeline import PipelineRunner  # noqa: E402
 from mindspeed_lora.training.flat import FlatLayout  # noqa: E402
 from mindspeed_lora.training.gradients import FlatGradients  # noqa: E402
@@ -27,11 +28,18 @@ Step = Callable[[torch.Tensor], float]
 
 
 def build_stage(
-    model: ModelConfig, lora: LoraSpec | None, dtype: torch.dtype, recompute: RecomputeFlags, fusion: bool, device: torch.device
+    model: ModelConfig,
+    lora: LoraSpec | None,
+    dtype: torch.dtype,
+    recompute: RecomputeFlags,
+    fusion: bool,
+    device: torch.device,
+    context: ParallelContext | None = None,
+    make_storage: Callable[[], BaseStorage] | None = None,
 ) -> GPTStage:
-    """The whole model on one device, base weights uninitialised."""
-    context = single_process_context(device)
-    (stage,) = build_stage_modules(model, context, dtype, None, recompute)
+    """The whole model on one device, or the part of the context's rank; base weights uninitialised."""
+    context = context or single_process_context(device)
+    (stage,) = build_stage_modules(model, context, dtype, None, recompute, make_storage)
     if lora is not None:
         inject_lora(stage, WeightTable(model), lora, context, fusion, seed=0)
     return stage

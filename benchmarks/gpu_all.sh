@@ -12,6 +12,8 @@ if [ "${1:-}" = --dry-run ]; then
   run benchmarks/memory_estimate.py --dry-run
   run benchmarks/train_step_gpu.py --dry-run
   run benchmarks/train_step_gpu.py --dry-run --recompute full
+  run benchmarks/train_step_scaling.py --dry-run
+  run benchmarks/lora_layer.py --dry-run
   exit $failed
 fi
 run benchmarks/train_step_gpu.py
@@ -19,5 +21,6 @@ run benchmarks/train_step_gpu.py --recompute full
 run benchmarks/memory_estimate.py --device cuda
 run benchmarks/train_step_gpu.py --length 1024 --rows 4 --rounds 3
 run benchmarks/train_step_gpu.py --rank 64 --rounds 3
-[ -f benchmarks/lora_layer.py ] && run benchmarks/lora_layer.py --device cuda
+run benchmarks/train_step_scaling.py --device cuda --rounds 3
+run benchmarks/lora_layer.py --device cuda
 exit $failed

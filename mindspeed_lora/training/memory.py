@@ -2,7 +2,7 @@
 
     peak = weights + adapters + gradients + optimizer            there all the time
          + activations + pipeline buffers                        what forward keeps for backward
-         + max(loss head, backward of one layer)                 what comes and goes on top, recomputed layers with the latter
+         + max(loss head, backward of one layer)                 what comes and goes on top, recomputed or gathered layers with the latter
 
 Each term stands in one function, with the tensors it counts. w = bytes of the model's dtype; per token, at tp 1, unless said otherwise.
 Legend of sizes: h hidden, n heads, g query groups, d head dim, f ffn, v padded vocabulary, r LoRA rank, t tensor-parallel size.
@@ -49,10 +49,8 @@ def _resident(sizes: RunSizes, counts: StageParameters) -> dict[str, float]:
     on_demand = counts.layers * counts.layer_linear if sizes.fsdp_base or sizes.qlora else 0
     parts: dict[str, float] = {"weights": (counts.base - on_demand) * width}
     if on_demand:
-        whole = counts.layer_linear * width  # of the layer that computes, and of the next one while it is gathered
         held = NF4_BYTES if sizes.qlora else width
         parts["weights"] += on_demand * held / (sizes.dp_size if sizes.fsdp_base else 1)
-        parts["whole layers"] = whole + (counts.layer_linear * held if sizes.fsdp_base else 0)
     if sizes.reference_copy:
         parts["reference"] = counts.base * width
     if sizes.lora:
@@ -75,7 +73,21 @@ def _activations(sizes: RunSizes, pp_rank: int) -> tuple[float, float]:
     layer = sizes.micro_batch_tokens * layer_bytes_per_token(sizes)
     boundaries = -(-recomputed // group) * _boundary(sizes)
     kept = in_flight * ((chunk_layers - recomputed) * layer + boundaries)
-    return kept, min(group, chunk_layers) * layer if recomputed else 0.0
+    if _keeps_core(sizes):
+        return kept, min(group, chunk_layers) * layer if recomputed else 0.0
+    return kept, sizes.micro_batch_tokens * _core(sizes)
+
+
+def _keeps_core(sizes: RunSizes) -> bool:
+    """Whether attention keeps more than its input and its output."""
+    return sizes.recompute.granularity != "selective"
+
+
+def _core(sizes: RunSizes) -> float:
+    """Per token, what attention itself keeps: rotated query and key, a widened value, its output and log-sum-exp."""
+    model, product = sizes.model, 4 if sizes.widened else sizes.parameter_bytes
+    heads, keys = model.num_attention_heads, model.num_query_groups * model.kv_channels
+    return (product * (2 * heads * model.kv_channels + keys + (keys if sizes.widened else 0)) + 4 * heads) / sizes.tp_size
 
 
 def _chunks_in_flight(sizes: RunSizes, pp_rank: int) -> int:
@@ -100,11 +112,11 @@ def layer_bytes_per_token(sizes: RunSizes) -> float:
     outside = tp if sizes.sequence_parallel else 1  # what lies between the cut matrices
     total = (3 * width * model.hidden_size + 8) / outside  # each norm: input, 1/rms; and the first one's output, which the linear keeps
     total += 2 * product * _rank(sizes)  # u = x A^T of linear_qkv and linear_proj
-    total += _latent_attention(sizes, product) if model.latent else _attention(sizes, product)
+    total += _latent_attention(sizes, product) if model.latent else _attention(sizes)
     return total + _mlp_bytes_per_token(sizes)
 
 
-def _attention(sizes: RunSizes, product: int) -> float:
+def _attention(sizes: RunSizes) -> float:
     """Per token, between linear_qkv and linear_proj."""
     model, width, tp = sizes.model, sizes.parameter_bytes, sizes.tp_size
     heads, groups = model.num_attention_heads, model.num_query_groups
@@ -112,13 +124,11 @@ def _attention(sizes: RunSizes, product: int) -> float:
     total = 0.0
     if model.qk_layernorm:
         total += (width * queries + 4 * (heads + groups)) / tp  # a contiguous copy of the queries; 1/rms
-    separate = sizes.widened
-    if model.qk_layernorm or not separate:
+    if model.qk_layernorm or not sizes.widened or not _keeps_core(sizes):
         total += width * (queries + 2 * keys) / tp  # linear_qkv's output: keys (norm) and values (attention) are views of it
-    total += product * (queries + keys + (keys if separate else 0)) / tp  # rotated query and key, and a widened value
-    total += (product * queries + 4 * heads) / tp  # attention's output and log-sum-exp
-    total += width * queries / tp if separate else 0  # its output, narrowed again for linear_proj
-    return total
+    if not _keeps_core(sizes):
+        return total + width * (2 * queries + keys) / tp  # rotated query and key, and the output for linear_proj
+    return total + _core(sizes) + (width * queries / tp if sizes.widened else 0)  # its output, narrowed again for linear_proj
 
 
 def _latent_attention(sizes: RunSizes, product: int) -> float:
@@ -184,8 +194,11 @@ def _receive_buffers(sizes: RunSizes, device_bytes: float | None) -> float:
 
 
 def _working(sizes: RunSizes, counts: StageParameters, pp_rank: int, recomputed: float) -> dict[str, float]:
-    """The larger of what comes and goes: the loss head, or the backward pass of a layer with the layers recomputed for it."""
+    """The larger of what comes and goes: the loss head, or the backward pass of a layer with what is recomputed or gathered for it."""
     backward = {"recomputed layer": recomputed} if recomputed else {}
+    if sizes.fsdp_base or sizes.qlora:  # of the layer that computes, and of the next one while it is gathered
+        held = (NF4_BYTES if sizes.qlora else sizes.parameter_bytes) if sizes.fsdp_base else 0
+        backward["whole layers"] = counts.layer_linear * (sizes.parameter_bytes + held)
     backward["backward of a layer"] = _layer_backward(sizes, counts)
     head = {"loss head": _loss_head(sizes)} if pp_rank == sizes.pp_size - 1 else {}
     return max(head, backward, key=lambda parts: sum(parts.values()))
