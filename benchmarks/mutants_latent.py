@@ -12,7 +12,7 @@ import sys
 from mutants_engine import page_argument, write_page
 from mutants_weights import Mutant
 
-CHOICE = "logits_equal_transformers or (merged_weights and TP2) or cached_decoding or cache_holds or scores_scale"
+CHOICE = "logits_equal_transformers or cached_decoding or scores_scale or (merged_weights and (TP2-SP or lite-TP2) and not PP2)"
 TESTS = ["-x", "tests/test_rotary.py", "tests/test_latent_inference.py", "tests/test_latent_parity.py", "-k", CHOICE]
 LATENT, ROTARY, ROWS, TABLE = "model/latent_attention.py", "model/rotary.py", "weights/rows.py", "weights/table.py"
 
