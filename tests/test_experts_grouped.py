@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conversion_helpers import run_convert
 from engine_helpers import SPEC, batch, build_engine
 from helpers import make_model
 
@@ -104,6 +105,19 @@ def test_grouped_equals_sequential_in_a_model(tmp_path: Path) -> None:
         found[flag] = {"loss": loss, **named}
     for name, value in found[False].items():
         torch.testing.assert_close(found[True][name], value, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_grouped_and_sequential_files_load_either_way(tmp_path: Path) -> None:
+    """How a Megatron folder holds its experts says nothing about how they compute."""
+    folder = make_model(tmp_path / "hf", "qwen3_moe", num_hidden_layers=2)
+    expected = dict(build_engine(folder).stages[0].named_parameters())
+    for in_one in (False, True):
+        cut = {"target_tensor_parallel_size": 2, "target_expert_parallel_size": 2, "moe_grouped_gemm": in_one}
+        run_convert("hf", "mg", folder, tmp_path / str(in_one), **cut)
+        engine = build_engine(tmp_path / str(in_one))
+        choose_products(engine.stages, engine.table.config, False)
+        for name, value in engine.stages[0].named_parameters():
+            assert torch.equal(value, expected[name]), name
 
 
 def test_a_model_without_experts(tmp_path: Path) -> None:
