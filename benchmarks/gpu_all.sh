@@ -10,6 +10,7 @@ failed=0
 run() { echo "== $*"; timeout 200 python "$@" || { echo "FAILED: $*"; failed=1; }; }
 if [ "${1:-}" = --dry-run ]; then
   run benchmarks/memory_estimate.py --dry-run
+  run benchmarks/experts_grouped.py --dry-run
   run benchmarks/train_step_gpu.py --dry-run
   run benchmarks/train_step_gpu.py --dry-run --recompute full
   run benchmarks/train_step_scaling.py --dry-run
@@ -23,4 +24,6 @@ run benchmarks/train_step_gpu.py --length 1024 --rows 4 --rounds 3
 run benchmarks/train_step_gpu.py --rank 64 --rounds 3
 run benchmarks/train_step_scaling.py --device cuda --rounds 3
 run benchmarks/lora_layer.py --device cuda
+run benchmarks/experts_grouped.py --device cuda
+run benchmarks/memory_estimate.py --experts --device cuda
 exit $failed
