@@ -221,6 +221,7 @@ def write_splits(folder: Path, **row: Any) -> None:
         (folder / f"{split}.jsonl").write_text(json.dumps(row), encoding="utf-8")
 
 
+@pytest.mark.slow  # lm_eval reads its 14,000 configurations once for each name
 def test_groups_and_tags_of_lm_evals_read_each_tasks_own_rows(tmp_path: Path) -> None:
     """A tag (ai2_arc), a group of tasks (wmdp), a group of a tag (mmlu_stem); one set of files is not taken for two."""
     from lm_eval.tasks import TaskManager
