@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All scripts of a family, one after the other, with a small random model on a CPU: about a minute, nothing downloaded.
 #   bash examples/mcore/smoke.sh FAMILY [FOLDER]      FOLDER is made, default ./smoke/FAMILY
-# SMOKE_TP, SMOKE_PP, SMOKE_EP (1, 2, 1) and NPUS_PER_NODE (2) say at which layout.
+# SMOKE_TP, SMOKE_PP, SMOKE_EP and NPUS_PER_NODE say at which layout (2 processes; experts: EP 2, else PP 2).
 set -euo pipefail
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
