@@ -4,6 +4,7 @@ FAMILY=deepseek2_lite
 MODEL=deepseek2-lite-16b
 MODEL_TYPE_HF=deepseek2-lite
 PROMPT_TYPE=deepseek2-lite
+LORA_TARGETS="linear_qkv linear_proj linear_kv_up_proj linear_fc1 linear_fc2"
 EP="${EP:-8}" PP="${PP:-1}"
 
 # The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.

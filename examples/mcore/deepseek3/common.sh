@@ -4,6 +4,7 @@ FAMILY=deepseek3
 MODEL=deepseek3-671b
 MODEL_TYPE_HF=deepseek3
 PROMPT_TYPE=deepseek3
+LORA_TARGETS="linear_qkv linear_proj linear_q_up_proj linear_kv_up_proj linear_fc1 linear_fc2"
 # 8 machines of 8 devices. The released weights are FP8: bring a bf16 copy.
 TP="${TP:-8}" EP="${EP:-64}" ETP="${ETP:-1}" PP="${PP:-1}" NNODES="${NNODES:-8}"
 

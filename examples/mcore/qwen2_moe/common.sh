@@ -4,7 +4,7 @@ FAMILY=qwen2_moe
 MODEL=qwen2-57b-a14b
 MODEL_TYPE_HF=qwen2-moe
 PROMPT_TYPE=qwen
-EP="${EP:-4}" PP="${PP:-2}"
+TP="${TP:-2}" EP="${EP:-8}" ETP="${ETP:-1}" PP="${PP:-1}"
 
 # The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
 MODEL_ARGS=(
