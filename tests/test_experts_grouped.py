@@ -76,6 +76,7 @@ def test_an_address_that_the_kernel_does_not_take(products: Products) -> None:
         t[name] = flat[1:].view(t[name].shape).copy_(t[name])
     for name, value in _lora(t, LENGTHS["usual"], products).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+    assert t["a"].data_ptr() % 16 and grouped._aligned(t["a"]).data_ptr() % 16 == 0  # torch 2.11's CPU takes any, CUDA does not
 
 
 @pytest.mark.parametrize("products", KINDS, ids=["sequential", "torch"])
