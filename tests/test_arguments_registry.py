@@ -21,6 +21,7 @@ CHECKED_ONLY = {"rope_scaling_type", "per_token_loss", "pairwise", "inspect", "p
 # Config fields that a command shares with others through its group, but cannot set.
 WITHOUT_FLAG = {
     (CONVERT, "lora.fusion"),
+    *((command, "lora.shared_experts") for command in (CONVERT, INFER, EVALUATE)),
     (INFER, "load.lora_load"),  # the first of --lora-load's adapters
     *((command, path) for command in (INFER, EVALUATE) for path in ("load.finetune", "load.load_optim", "load.load_rng")),
     *((command, "parallel.layers_per_virtual_stage") for command in (INFER, EVALUATE)),

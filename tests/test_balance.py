@@ -13,7 +13,7 @@ import torch
 from layout_cells import LAYOUTS, Cell, Layout, Outcome, assemble, run_cell
 from pool import ProcessPool
 from test_training_layouts import relative
-from training_helpers import change, make_config, make_workspace, metrics, run_training
+from training_helpers import change, make_config, make_workspace, metrics, run_training, saved_parameters
 
 from mindspeed_lora.arguments.configs import ArchitectureFlags, BalanceFlags, ExpertFlags
 from mindspeed_lora.errors import UsageError
@@ -21,6 +21,7 @@ from mindspeed_lora.model.balance import Balancer, BalanceTerms
 from mindspeed_lora.parallel.context import single_process_context
 from mindspeed_lora.training.preflight import plan_model
 from mindspeed_lora.weights.families import model_config_from_hf
+from mindspeed_lora.weights.sources import open_base
 from mindspeed_lora.weights.table import WeightTable
 
 WITH_EXPERTS = [0, 2, 3]  # of the tiny model's four layers
@@ -284,3 +285,35 @@ def test_a_dense_model_has_nothing_to_balance(tmp_path: Path) -> None:
     folder = make_workspace(tmp_path, "qwen3")
     with pytest.raises(UsageError, match=r"--moe-aux-loss-coeff 0\.01 and --moe-per-layer-logging: a qwen3 model has no experts"):
         plan(folder, None, aux=0.01, log_layers=True)
+
+
+def test_biases_follow_the_tokens_of_a_step(pool: ProcessPool, tmp_path: Path) -> None:
+    """DeepSeek V3's balancing without a loss: each step moves every bias by the rate, towards the mean load; saved with the weights."""
+    workspace = make_workspace(tmp_path / "space", "deepseek_v3")
+    biases = {}
+    for name, cut in (("one", {}), ("two", {"parallel__tensor_parallel_size": 2, "parallel__sequence_parallel": True})):
+        config = dataclasses.replace(make_config(workspace, train_iters=1, save__save=tmp_path / name, **cut), lora=None)
+        config = dataclasses.replace(
+            config, balance=BalanceFlags(bias_rate=0.01), optimizer=dataclasses.replace(config.optimizer, lr=1e-9, min_lr=0.0)
+        )
+        pool.run(run_training, 2 if cut else 1, config)
+        saved = saved_parameters(tmp_path / name, lora=False)
+        biases[name] = {key: value for key, value in saved.items() if key.endswith("e_score_correction_bias")}
+    start = open_base(workspace / "model")
+    table = WeightTable(start.model_config)
+    before = {row.hf_names(layer)[0]: start.parts(row, layer)[0].float() for row, layer in table.entries() if "expert_bias" in row.megatron}
+    assert before.keys() == biases["one"].keys() == biases["two"].keys() and before
+    for name, bias in biases["one"].items():
+        change = (bias - before[name]) / 0.01
+        torch.testing.assert_close(change, change.round(), rtol=0, atol=1e-3)
+        assert change.abs().max() > 0.5 and change.min() < 0 < change.max()  # not all one way
+        torch.testing.assert_close(bias, biases["two"][name])
+
+
+@pytest.mark.parametrize(
+    ("family", "lora", "expected"), [("qwen3_moe", False, "experts have no bias"), ("deepseek_v3", True, "adapter's files")]
+)
+def test_biases_that_cannot_follow_are_refused(tmp_path: Path, family: str, lora: bool, expected: str) -> None:
+    config = make_config(make_workspace(tmp_path, family))
+    with pytest.raises(UsageError, match=f"--moe-router-bias-update-rate 0.01: .*{expected}"):
+        plan_model(dataclasses.replace(config, balance=BalanceFlags(bias_rate=0.01), **({} if lora else {"lora": None})), 1)

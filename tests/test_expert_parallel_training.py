@@ -193,7 +193,7 @@ def _elements(folder: Path, sizes: tuple[int, int, int, int | None]) -> tuple[in
     base, adapter = ([pair for pair in named if (".lora_" in pair[0]) == lora] for lora in (False, True))
 
     def count(pairs: list[tuple[str, torch.nn.Parameter]], of_experts: bool) -> int:
-        return sum(parameter.numel() for name, parameter in pairs if is_stack(name) or not of_experts)
+        return sum(parameter.numel() for name, parameter in pairs if is_stack(name, parameter) or not of_experts)
 
     return count(base, False), count(adapter, False), count(base, True), count(adapter, True)
 

@@ -131,6 +131,7 @@ class LoraFlags:
     alpha: float | None = None
     targets: tuple[str, ...] | None = None  # of LORA_TARGETS and LATENT_TARGETS
     fusion: bool = False
+    shared_experts: bool = False  # one A and B for all routed experts of a layer
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,7 @@ class BalanceFlags:
     z: float = 0.0
     by_row: bool = False  # --seq-aux
     log_layers: bool = False
+    bias_rate: float = 0.0  # change of an expert's bias in a step (DeepSeek V3)
 
 
 @dataclass(frozen=True)

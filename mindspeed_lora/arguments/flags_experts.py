@@ -88,6 +88,15 @@ BALANCE = [
         default_text="0, none",
     ),
     active(
+        "--moe-router-bias-update-rate",
+        (TRAIN,),
+        "experts and latent attention",
+        "after each step, an expert with fewer tokens than the mean gets so much more bias, one with more so much less (DeepSeek V3)",
+        NOT_NEGATIVE,
+        "balance.bias_rate",
+        default_text="0, the biases stay",
+    ),
+    active(
         "--moe-per-layer-logging",
         (TRAIN,),
         "experts and latent attention",
@@ -95,7 +104,7 @@ BALANCE = [
         None,
         "balance.log_layers",
     ),
-    *accepted("moe-aux-loss-coeff moe-z-loss-coeff", (INFER, EVALUATE), "it belongs to training", NUMBER),
+    *accepted("moe-aux-loss-coeff moe-z-loss-coeff moe-router-bias-update-rate", (INFER, EVALUATE), "it belongs to training", NUMBER),
     *accepted("seq-aux moe-per-layer-logging", (INFER, EVALUATE), "it belongs to training"),
 ]
 

@@ -214,6 +214,15 @@ LORA = [
         "lora.alpha",
         default_text="the adapter's own; new: 32",
     ),
+    active(
+        "--lora-shared-experts",
+        (TRAIN,),
+        "lora",
+        "one A and B for all routed experts of a layer, in place of one each",
+        None,
+        "lora.shared_experts",
+        default_text="the adapter's own; new: one each",
+    ),
     active("--lora-fusion", RUNS, "lora", "fused functions: no communication beyond the frozen model's, same numbers", None, "lora.fusion"),
 ]
 

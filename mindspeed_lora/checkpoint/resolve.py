@@ -135,14 +135,18 @@ def resolve_lora(flags: LoraFlags | None, adapter: Adapter | None, table: Weight
             raise UsageError(
                 "LoRA flags without --lora-target-modules: name the layers to adapt, e.g. linear_qkv linear_proj linear_fc1 linear_fc2"
             )
-        return LoraSpec(passed.r or DEFAULT_R, DEFAULT_ALPHA if passed.alpha is None else passed.alpha, passed.targets)
+        _check_shared_experts(passed, table)
+        alpha = DEFAULT_ALPHA if passed.alpha is None else passed.alpha
+        return LoraSpec(passed.r or DEFAULT_R, alpha, passed.targets, shared_experts=passed.shared_experts)
     known = adapter.spec(table)
     if known is None:
         if passed.r is None or passed.alpha is None or not passed.targets:
             raise UsageError(
                 f"--lora-load {adapter.path} does not record r, alpha and targets; pass --lora-r, --lora-alpha and --lora-target-modules"
             )
-        return LoraSpec(passed.r, passed.alpha, passed.targets)
+        known = LoraSpec(passed.r, passed.alpha, passed.targets)
+    if passed.shared_experts and not known.shared_experts:
+        raise disagree("--lora-shared-experts", True, f"--lora-load {adapter.path}", "of its own", "that each expert has an A and B")
     for flag, value, found in (("--lora-r", passed.r, known.r), ("--lora-alpha", passed.alpha, known.alpha)):
         if value is not None and value != found:
             said = f"{found:g}" + (" (and others in some of its linears)" if known.modules else "")
@@ -150,6 +154,14 @@ def resolve_lora(flags: LoraFlags | None, adapter: Adapter | None, table: Weight
     if passed.targets and set(passed.targets) != set(known.targets):
         raise disagree("--lora-target-modules", " ".join(passed.targets), f"--lora-load {adapter.path}", " ".join(known.targets), "targets")
     return known
+
+
+def _check_shared_experts(passed: LoraFlags, table: WeightTable) -> None:
+    if passed.shared_experts and not any(row.expert is not None and row.module in (passed.targets or ()) for row in table.rows):
+        raise UsageError(
+            "--lora-shared-experts: no expert would get an adapter, as the model has none or --lora-target-modules leaves them out; "
+            "add linear_fc1 linear_fc2, or leave the flag out"
+        )
 
 
 def check_adapter_base(adapter: Adapter, base: Base) -> None:

@@ -32,7 +32,7 @@ from mindspeed_lora.device import rng_state, set_rng_state
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.files import write_json
 from mindspeed_lora.parallel.context import ParallelContext
-from mindspeed_lora.weights.table import Row, WeightTable, is_stack
+from mindspeed_lora.weights.table import Row, WeightTable, is_shared, is_stack
 
 RESUME_FOLDER = "resume"
 STATE_FILE = "trainer_state.json"
@@ -121,13 +121,13 @@ class _Exchange:
     def stored_form(self, name: str, shard: torch.Tensor) -> torch.Tensor:
         """``shard`` (CPU, fp32) as a view, wrapped where it is cut over more than one rank."""
         row = table_row(self.table, name)
-        axis, parts = row.axis, len(row.part_shapes)
-        outer = shard.shape[:1] if is_stack(name) else ()  # experts
+        axis, parts, whole = row.axis, len(row.part_shapes), shard
+        outer = shard.shape[:1] if is_stack(name, shard) else ()  # experts
         if row.unit == "rank" and parts > 1:
             size, *inner = shard.shape[len(outer) :]
             shard, axis = shard.view(*outer, parts, size // parts, *inner), 1 if row.axis == 0 else None
         mesh = self._mesh(bool(outer), axis is not None)
-        if mesh is None:
+        if mesh is None or (is_shared(name, whole) and self.context.experts.tp_size < self.context.tp_size):
             return shard
         placements = [Shard(0)] if outer and self.context.experts.ep_group is not None else []
         if len(placements) < mesh.ndim and axis is not None:
@@ -161,7 +161,7 @@ def write_resume(
         exchange = _Exchange(table, context)
         for kind in optimizer.kinds:
             for item, shard in optimizer.export(kind):
-                if item.cut or context.cut(is_stack(item.name))[0] == 0:
+                if item.cut or context.cut(is_stack(item.name, shard))[0] == 0:
                     tensors[f"{kind}.{item.name}"] = exchange.stored_form(item.name, shard.contiguous())
     if save_rng:
         tensors |= {f"rng.{kind}.{context.rank}": value for kind, value in rng_state(context.device).items()}

@@ -17,7 +17,7 @@ from mindspeed_lora.parallel.grouped import GroupedLinear
 from mindspeed_lora.parallel.layers import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from mindspeed_lora.weights.lora_blocks import block_masks, column_scales
 from mindspeed_lora.weights.lora_spec import LoraSpec, ModuleLora
-from mindspeed_lora.weights.table import WeightTable, named_slices
+from mindspeed_lora.weights.table import WeightTable, is_shared, named_slices, unstacked_name
 
 ADAPTER_NAME = "default"
 
@@ -45,6 +45,7 @@ def inject_lora(
     Raises:
         UsageError: a target matches no module.
     """
+    from mindspeed_lora.lora.experts import GroupedLoraLinear
     from mindspeed_lora.lora.layers import ParallelLoraLinear
 
     linears = [
@@ -69,6 +70,8 @@ def inject_lora(
         layer = stage.get_submodule(name)
         assert isinstance(layer, ParallelLoraLinear)
         layer.fusion = fusion
+        if spec.shared_experts and isinstance(layer, GroupedLoraLinear):
+            layer.share(adapter_name)
         row, _ = table.parse(f"{name}.weight")
         masks, b_row = block_masks(row, module), table.lora_pair(row)[1]
         mask = table.shard(b_row, masks, *context.cut(row.expert is not None)) if masks else None
@@ -119,7 +122,9 @@ def select_adapter(stage: nn.Module, name: str | None) -> None:
 @torch.no_grad()
 def initialize_lora(stage: GPTStage, table: WeightTable, context: ParallelContext, seed: int) -> None:
     """Fill A with this rank's part of the whole matrix that (seed, name) defines; B stays zero."""
-    for name, parameter in named_slices(stage.named_parameters(), stage.experts):
+    shared = {name for name, parameter in stage.named_parameters() if is_shared(name, parameter)}
+    own = named_slices(((name, parameter) for name, parameter in stage.named_parameters() if name not in shared), stage.experts)
+    for name, parameter in (*own, *((unstacked_name(name, 0), stage.get_parameter(name)) for name in shared)):
         if ".lora_A." not in name:
             continue
         row = table.lora_row(name)

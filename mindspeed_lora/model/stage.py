@@ -9,7 +9,7 @@ Parameters carry Megatron's names with *global* layer numbers (``decoder.layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -20,9 +20,11 @@ from mindspeed_lora.arguments.configs import RecomputeFlags
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.model.balance import Balancer, MicroBatch
 from mindspeed_lora.model.decode import Attend, DecodeState, PackedDocuments
+from mindspeed_lora.model.experts import MixtureOfExperts
 from mindspeed_lora.model.layers import TransformerLayer
 from mindspeed_lora.model.norm import RMSNorm
 from mindspeed_lora.model.rotary import RotaryTables, inverse_frequencies, rotary_scale, rotary_tables
+from mindspeed_lora.model.router import Router
 from mindspeed_lora.parallel.collectives import all_gather_dim0
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.cross_entropy import linear_cross_entropy
@@ -129,6 +131,13 @@ class GPTStage(nn.Module):
     def experts(self) -> range:
         """Global numbers of the routed experts whose weights lie here, in the order of their stacks; empty for a dense model."""
         return self.context.own_experts(self.model_config.experts.count if self.model_config.experts else 0)
+
+    def routers(self) -> Iterator[tuple[int, Router]]:
+        """Of the layers with experts, by global number."""
+        for number, layer in self.decoder.layers.items():
+            mixture = getattr(layer, "mlp", None)
+            if isinstance(mixture, MixtureOfExperts):
+                yield int(number), mixture.router
 
     @property
     def head_weight(self) -> torch.Tensor:

@@ -25,18 +25,22 @@ def balance_terms(config: TrainConfig, model: ModelConfig, notes: list[str]) -> 
     """The losses and counts that the flags ask for, by the peer's meaning of them; None: nothing.
 
     Raises:
-        UsageError: the model has no experts.
+        UsageError: the model has no experts, or no biases to update.
     """
     flags, kind = config.balance, config.architecture.experts.balancing
     asked = [
         (flags.aux, f"--moe-aux-loss-coeff {flags.aux:g}"),
         (flags.z, f"--moe-z-loss-coeff {flags.z:g}"),
+        (flags.bias_rate, f"--moe-router-bias-update-rate {flags.bias_rate:g}"),
         (flags.log_layers, "--moe-per-layer-logging"),
     ]
     if model.experts is None:
         if passed := [text for value, text in asked if value]:
             raise UsageError(f"{' and '.join(passed)}: a {model.family} model has no experts; leave it out")
         return None
+    if flags.bias_rate and (config.lora is not None or not model.experts.router_bias):
+        why = "an adapter's files do not hold it" if model.experts.router_bias else f"a {model.family} model's experts have no bias"
+        raise UsageError(f"--moe-router-bias-update-rate {flags.bias_rate:g}: {why}; leave it out")
     by_row = kind == _OF_A_ROW or (flags.by_row and kind in _WITH_SEQ_AUX)
     aux = flags.aux if by_row or kind in _OF_A_MICRO_BATCH else 0.0
     if flags.aux and not aux:
@@ -44,7 +48,7 @@ def balance_terms(config: TrainConfig, model: ModelConfig, notes: list[str]) -> 
             f"--moe-aux-loss-coeff {flags.aux:g} has no effect with --moe-router-load-balancing-type {kind}"
             + ("" if kind != "none" else " without --seq-aux")
         )
-    terms = BalanceTerms(aux, by_row, flags.z, flags.log_layers)
+    terms = BalanceTerms(aux, by_row, flags.z, flags.log_layers or flags.bias_rate > 0)
     return terms if terms.aux or terms.z or terms.counts else None
 
 
@@ -90,7 +94,10 @@ class ExpertBalance:
             self.balancers.append(stage.balancer)
         self._columns = [place for place, coefficient in enumerate((terms.aux, terms.z)) if coefficient]
         self.names = tuple(("load_balancing_loss", "z_loss")[place] for place in self._columns)
+        self._stages = tuple(stages)
         self._losses = torch.zeros(len(self.layers), 2, dtype=torch.float32, device=context.device)
+        self._counts = torch.zeros(len(self.layers), model.experts.count, dtype=torch.float32, device=context.device)
+        self._step_counts = self._counts.clone()
         self._steps = 0
 
     def step_values(self, loss_scale: float) -> torch.Tensor:
@@ -98,6 +105,9 @@ class ExpertBalance:
         losses = self._gather("losses", 2) / loss_scale
         self._losses += losses
         self._steps += 1
+        if self.terms.counts:
+            self._step_counts = self._gather("counts", self._counts.shape[1])
+            self._counts += self._step_counts
         return losses.sum(0)[self._columns] / len(self.layers)
 
     def _gather(self, field: str, width: int) -> torch.Tensor:
@@ -109,18 +119,30 @@ class ExpertBalance:
             values.zero_()
         return whole
 
+    @torch.no_grad()
+    def update_biases(self, rate: float) -> None:
+        """``b_i += rate * sign(mean tokens - tokens_i)`` over the step's global batch, in every layer. Collective over TP and DP."""
+        counts = self._step_counts
+        for group in (self.context.tp_group, self.context.dp_group):
+            all_reduce(counts, group)
+        change = rate * (counts.mean(1, keepdim=True) - counts).sign()
+        for stage in self._stages:
+            for number, router in stage.routers():
+                if router.expert_bias is not None:
+                    router.expert_bias.add_(change[self.layers.index(number)])
+
     def use_of_layers(self) -> tuple[LayerUse, ...]:
         """Since the last call, over all ranks; nothing where it was not asked for. Collective, once a line."""
         if not self.terms.counts:
             return ()
-        counts = self._gather("counts", self.balancers[0].num_experts)
-        table = torch.cat((counts, self._losses / max(self._steps, 1)), dim=1)
+        num_experts = self._counts.shape[1]
+        table = torch.cat((self._counts, self._losses / max(self._steps, 1)), dim=1)
         self._losses.zero_()
+        self._counts.zero_()
         self._steps = 0
         for group in (self.context.model_group, self.context.dp_group):
             all_reduce(table, group)
-        *_, losses = table.split((counts.shape[1], 2), dim=1)
-        counts = table[:, : counts.shape[1]]
+        counts, losses = table.split((num_experts, 2), dim=1)
         busiest = counts.amax(1) / counts.mean(1).clamp_min(torch.finfo(torch.float32).tiny)
         idle = (counts == 0).sum(1)
         return tuple(

@@ -186,6 +186,8 @@ class Trainer:
         with record_function("optimizer"):
             parts.gradients.clip(norm, self.config.optimizer.clip_grad)
             parts.optimizer.step(parts.schedule.at(self.state.schedule_samples))
+            if parts.balance is not None and self.config.balance.bias_rate:
+                parts.balance.update_biases(self.config.balance.bias_rate)
         self.state.schedule_samples += self.global_batch_size
         self.state.optimizer_steps += 1
         return StepResult(loss, norm, dict(zip(parts.metrics, metrics, strict=True)))

@@ -155,7 +155,9 @@ def stage_parameters(sizes: RunSizes, pp_rank: int) -> StageParameters:
     present = [row for row in table.rows if places[row.place] and not (row.alias_of and is_first)]
     total = {place: sum(local(row) for row in present if row.place == place) for place in places}
     layer_rows = [row for row in present if row.place == "layer"]
-    pairs: list[Row] = [matrix for row in layer_rows if lora and row.module in lora.targets for matrix in table.lora_pair(row)]
+    shared = lora is not None and lora.shared_experts  # then the first expert's stand for all, and lie on every rank
+    adapted = [row for row in layer_rows if lora and row.module in lora.targets and not (shared and row.expert)]
+    pairs: list[Row] = [matrix for row in adapted for matrix in table.lora_pair(row)]
     r = lora.widest if lora else None
     return StageParameters(
         embedding=total["embedding"],
@@ -166,5 +168,5 @@ def stage_parameters(sizes: RunSizes, pp_rank: int) -> StageParameters:
         layers=sizes.layers_per_stage,
         largest=max(local(row) * (1 if row.expert is None else count) for row in present),  # a rank's experts are one tensor
         expert_base=sizes.layers_per_stage * sum(local(row) for row in of_experts(layer_rows)),
-        expert_adapter=sizes.layers_per_stage * sum(local(row, r) for row in of_experts(pairs)),
+        expert_adapter=0 if shared else sizes.layers_per_stage * sum(local(row, r) for row in of_experts(pairs)),
     )

@@ -27,6 +27,7 @@ class LoraSpec:
 
     ``rslora``: scale is alpha / sqrt(r) in place of alpha / r. ``modules``: for an adapter trained elsewhere, the linears that it
     adapts (``decoder.layers.0.mlp.linear_fc1``), each with its own ranks; empty: every target linear, r and alpha in all of them.
+    ``shared_experts``: the routed experts of a layer have one A and B; files hold it once for each of them.
     """
 
     r: int
@@ -34,6 +35,7 @@ class LoraSpec:
     targets: tuple[str, ...]
     rslora: bool = False
     modules: Mapping[str, ModuleLora] = field(default_factory=dict, hash=False)
+    shared_experts: bool = False
 
     @property
     def scale(self) -> float:
@@ -66,6 +68,8 @@ class LoraSpec:
         entry: dict[str, Any] = {"r": self.r, "alpha": self.alpha, "targets": list(self.targets)}
         if self.rslora:
             entry["use_rslora"] = True
+        if self.shared_experts:
+            entry["shared_experts"] = True
         if self.modules:
             entry["per_module"] = {name: {"r": list(each.ranks), "alpha": list(each.alphas)} for name, each in self.modules.items()}
         return entry
@@ -77,11 +81,14 @@ class LoraSpec:
             name: ModuleLora(tuple(map(int, each["r"])), tuple(map(float, each["alpha"])))
             for name, each in (entry.get("per_module") or {}).items()
         }
-        return LoraSpec(int(entry["r"]), float(entry["alpha"]), tuple(entry["targets"]), bool(entry.get("use_rslora")), modules)
+        rslora, shared = bool(entry.get("use_rslora")), bool(entry.get("shared_experts"))
+        return LoraSpec(int(entry["r"]), float(entry["alpha"]), tuple(entry["targets"]), rslora, modules, shared)
 
     def describe(self) -> str:
         """``r 8, alpha 16 on linear_qkv linear_proj``, and what is out of the ordinary."""
         text = f"r {self.r}, alpha {self.alpha:g}{' (scale alpha / sqrt(r))' if self.rslora else ''} on {' '.join(self.targets)}"
+        if self.shared_experts:
+            text += "; one A and B for all experts of a layer, written once for each"
         if self.modules:
             own = sum(len(each.ranks) > 1 for each in self.modules.values())
             text += f"; {len(self.modules)} linears with r and alpha of their own, {own} of them with an A for each of their parts"

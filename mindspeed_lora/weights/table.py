@@ -454,9 +454,14 @@ def split_hf_layer(name: str) -> tuple[str, int | None]:
     return _split_layer(name, _HF_LAYER_NUMBER)
 
 
-def is_stack(name: str) -> bool:
-    """Whether a parameter holds one linear of several experts."""
-    return _STACK in name
+def is_stack(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a parameter holds one linear of several experts, ``[experts, ...]``."""
+    return _STACK in name and tensor.dim() == 3
+
+
+def is_shared(name: str, tensor: torch.Tensor) -> bool:
+    """Whether it is an adapter's matrix that serves all experts of a layer."""
+    return _STACK in name and tensor.dim() == 2
 
 
 def unstacked_name(name: str, expert: int) -> str:
@@ -465,9 +470,14 @@ def unstacked_name(name: str, expert: int) -> str:
 
 
 def named_slices(named: Iterable[tuple[str, torch.Tensor]], experts: range) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors under the table's names: a stack ``[len(experts), ...]`` gives one view per expert, by its global number."""
+    """Tensors under the table's names: a stack ``[len(experts), ...]`` gives one view per expert, by its global number.
+
+    A matrix that serves all experts comes once for each of them.
+    """
     for name, tensor in named:
-        if is_stack(name):
+        if is_stack(name, tensor):
             yield from ((unstacked_name(name, expert), tensor[local]) for local, expert in enumerate(experts))
+        elif is_shared(name, tensor):
+            yield from ((unstacked_name(name, expert), tensor) for expert in experts)
         else:
             yield name, tensor
