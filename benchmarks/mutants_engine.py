@@ -42,7 +42,7 @@ MUTANTS = (
     Mutant(
         "rotary halves",
         "the rotation turns the wrong way",
-        (("ops/fused.py", "sine[..., :half], value=-1)\n        y[", "sine[..., :half])\n        y["),),
+        (("ops/fused.py", "y_first.addcmul_(second, sine_first, value=-1)", "y_first.addcmul_(second, sine_first)"),),
     ),
     Mutant(
         "key and value",
