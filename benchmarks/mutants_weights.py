@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT_S = 400
+TIMEOUT_S = 1200
 GROUPS = {
     "meaning": ["tests/test_weights_table.py", "tests/test_weights_experts.py"],
     "round trip": ["tests/test_weights_roundtrip.py"],

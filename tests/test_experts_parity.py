@@ -132,3 +132,19 @@ def test_full_gradients_equal_transformers(pool: Any, folders: dict[str, Path], 
             torch.testing.assert_close(
                 part, expected[usual_name(hf_name)], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+def test_logits_of_a_bf16_router_are_fp32(folders: dict[str, Path]) -> None:
+    """What bf16 holds is multiplied and summed in fp32: rounded logits would differ by 1 in 256."""
+    from mindspeed_lora.model.router import Router
+
+    config = model_config_from_hf(folders["qwen2_moe"])
+    assert config.experts is not None
+    router = Router(config, config.experts, single_process_context(), torch.bfloat16)
+    generator = torch.Generator().manual_seed(1)
+    torch.nn.init.normal_(router.weight, std=0.5, generator=generator)
+    tokens = torch.randn(16, config.hidden_size, generator=generator).bfloat16()
+    expected = (tokens.double() @ router.weight.double().t()).softmax(-1).topk(config.experts.routing.top_k)
+    weights, experts = router(tokens)
+    assert torch.equal(experts, expected.indices)
+    torch.testing.assert_close(weights.double(), expected.values, rtol=1e-5, atol=0)
