@@ -16,13 +16,11 @@ they are neighbours on one machine first, and the pairs (tp_rank, ep_rank) are t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from mindspeed_lora.device import collective_backend, select_device
 from mindspeed_lora.errors import UsageError
@@ -187,23 +185,23 @@ def single_process_context(device: torch.device | None = None) -> ParallelContex
     return ParallelContext(device=device or torch.device("cpu"))
 
 
-def _own_group(every: Iterable[list[int]], rank: int) -> dist.ProcessGroup | None:
-    """This rank's group of ``every``, which all ranks make together; None where it would be alone."""
+def _own_group(grid: torch.Tensor, timeout: timedelta | None) -> dist.ProcessGroup | None:
+    """This rank's group of the rows of ``grid`` ``[.., size]``, which all ranks make together; None where it would be alone.
+
+    Not a DeviceMesh's: those wait for the backend's own time, whatever ``timeout`` the whole job has.
+    """
+    if grid.shape[-1] in (1, dist.get_world_size()):
+        return None if grid.shape[-1] == 1 else dist.group.WORLD
     own = None
-    for ranks in every:
-        group = dist.new_group(ranks) if len(ranks) > 1 else None
-        own = group if rank in ranks else own
+    for ranks in grid.reshape(-1, grid.shape[-1]).tolist():
+        group = dist.new_group(ranks, timeout=timeout)
+        own = group if dist.get_rank() in ranks else own
     return own
 
 
-def _embedding_group(pp_size: int, grid: torch.Tensor, rank: int) -> dist.ProcessGroup | None:
-    """Pairs (first stage, last stage) of equal dp and tp rank."""
-    if pp_size == 1:
-        return None
-    return _own_group(grid[:, [0, -1]].transpose(1, 2).reshape(-1, 2).tolist(), rank)
-
-
-def _expert_grid(context: ParallelContext, grid: torch.Tensor, ep_size: int, etp_size: int, same_tokens: bool) -> ExpertGrid | None:
+def _expert_grid(
+    context: ParallelContext, grid: torch.Tensor, ep_size: int, etp_size: int, same_tokens: bool, timeout: timedelta | None
+) -> ExpertGrid | None:
     """The grid ``[edp, ep, etp]`` over the ranks ``grid`` ``[dp, pp, tp]``; None where experts lie as everything else does."""
     if ep_size == 1 and etp_size == context.tp_size:
         return None
@@ -214,14 +212,14 @@ def _expert_grid(context: ParallelContext, grid: torch.Tensor, ep_size: int, etp
     return ExpertGrid(
         ep_size=ep_size,
         ep_rank=place // etp_size % ep_size,
-        ep_group=_own_group(ranks.transpose(2, 3).reshape(-1, ep_size).tolist(), context.rank),
+        ep_group=_own_group(ranks.transpose(2, 3), timeout),
         tp_size=etp_size,
         tp_rank=context.tp_rank if cut else 0,
         tp_group=context.tp_group if cut else None,
         dp_size=dp_size,
         dp_rank=place // (etp_size * ep_size),
-        dp_group=_own_group(ranks.permute(0, 2, 3, 1).reshape(-1, dp_size).tolist(), context.rank),
-        model_group=_own_group(ranks.transpose(0, 1).flatten(1).tolist(), context.rank),
+        dp_group=_own_group(ranks.permute(0, 2, 3, 1), timeout),
+        model_group=_own_group(ranks.transpose(0, 1).flatten(1), timeout),
         same_tokens=same_tokens,
     )
 
@@ -234,11 +232,13 @@ def build_context(
     expert_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
     same_tokens: bool = False,
+    timeout: timedelta | None = None,
 ) -> ParallelContext:
     """Lay the grid over the already initialised process group (or over one process when there is none).
 
     Collective: every rank calls it with the same sizes. ``sequence_parallel`` has no effect at tp size 1. The expert tensor parallel
     size is 1 or the tensor parallel size (None); ``same_tokens``: see :class:`ExpertGrid`.
+    ``timeout``: of each group's collectives; None: the backend's own.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     dp_size = data_parallel_size(world_size, tensor_parallel_size, pipeline_parallel_size)
@@ -246,10 +246,8 @@ def build_context(
     check_expert_grid(dp_size, tensor_parallel_size, expert_parallel_size, etp_size)
     if world_size == 1:
         return ParallelContext(device=device)
-    mesh = init_device_mesh(device.type, (dp_size, pipeline_parallel_size, tensor_parallel_size), mesh_dim_names=("dp", "pp", "tp"))
-    sizes = {"dp": dp_size, "pp": pipeline_parallel_size, "tp": tensor_parallel_size}
-    groups = {name: mesh.get_group(name) if size > 1 else None for name, size in sizes.items()}
-    dp_rank, pp_rank, tp_rank = (int(value) for value in mesh.get_coordinate() or (0, 0, 0))
+    grid = torch.arange(world_size).view(dp_size, pipeline_parallel_size, tensor_parallel_size)
+    dp_rank, pp_rank, tp_rank = (int(place) for place in torch.nonzero(grid == dist.get_rank())[0])
     context = ParallelContext(
         device=device,
         tp_size=tensor_parallel_size,
@@ -258,14 +256,14 @@ def build_context(
         tp_rank=tp_rank,
         pp_rank=pp_rank,
         dp_rank=dp_rank,
-        tp_group=groups["tp"],
-        pp_group=groups["pp"],
-        dp_group=groups["dp"],
-        model_group=_own_group(mesh.mesh.flatten(1).tolist(), dist.get_rank()),
-        embedding_group=_embedding_group(pipeline_parallel_size, mesh.mesh, dist.get_rank()),
+        tp_group=_own_group(grid, timeout),
+        pp_group=_own_group(grid.transpose(1, 2), timeout),
+        dp_group=_own_group(grid.permute(1, 2, 0), timeout),
+        model_group=_own_group(grid.flatten(1), timeout),
+        embedding_group=_own_group(grid[:, [0, -1]].transpose(1, 2), timeout) if pipeline_parallel_size > 1 else None,
         sequence_parallel=sequence_parallel and tensor_parallel_size > 1,
     )
-    return replace(context, expert_grid=_expert_grid(context, mesh.mesh, expert_parallel_size, etp_size, same_tokens))
+    return replace(context, expert_grid=_expert_grid(context, grid, expert_parallel_size, etp_size, same_tokens, timeout))
 
 
 def initialize(
@@ -281,11 +279,11 @@ def initialize(
     """Choose the device, join torchrun's process group if there is one, and lay the grid. Called by entry verbs only."""
     dp_size = data_parallel_size(world_size_from_environment(), tensor_parallel_size, pipeline_parallel_size)
     check_expert_grid(dp_size, tensor_parallel_size, expert_parallel_size, expert_tensor_parallel_size)
-    device = select_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
+    device, timeout = select_device(device_name, int(os.environ.get("LOCAL_RANK", "0"))), timedelta(minutes=timeout_minutes)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group(collective_backend(device), timeout=timedelta(minutes=timeout_minutes))
+        dist.init_process_group(collective_backend(device), timeout=timeout)
     experts = (expert_parallel_size, expert_tensor_parallel_size, same_tokens)
-    return build_context(device, tensor_parallel_size, pipeline_parallel_size, sequence_parallel, *experts)
+    return build_context(device, tensor_parallel_size, pipeline_parallel_size, sequence_parallel, *experts, timeout)
 
 
 def shutdown() -> None:
