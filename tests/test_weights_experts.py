@@ -16,7 +16,7 @@ from mindspeed_lora.weights.config import ExpertShape, LatentShape, Layout, Mode
 from mindspeed_lora.weights.families import model_config_from_dict
 from mindspeed_lora.weights.megatron_files import GroupRow, chunk_rows
 from mindspeed_lora.weights.placement import block_ranks, check_experts, experts_of, place_layers, stage_ranks
-from mindspeed_lora.weights.table import WeightTable
+from mindspeed_lora.weights.table import Row, WeightTable
 
 EXPERTS = ModelConfig(
     family="qwen2_moe",
@@ -58,13 +58,20 @@ def test_rows_exist_in_the_layers_that_have_them() -> None:
 def test_each_rank_s_expert_shards_compute_the_expert_with_that_number(tp_size: int) -> None:
     """A rank's file, grouped or not, holds for its i-th expert what the Hugging Face expert of that global number computes."""
     from mindspeed_lora.conversion.hf_to_megatron import _RankWriter
+    from mindspeed_lora.conversion.stream import WeightStream
 
     table = WeightTable(EXPERTS)
     weights = {name: torch.randn(shape) for name, shape in table.hf_keys().items()}
-    stream: Any = SimpleNamespace(
-        parts=lambda row, layer: [weights[name] for name in row.hf_names(layer)],
+    base: Any = SimpleNamespace(
+        pieces=lambda row, layer: [[weights[name]] for name in row.hf_names(layer)],
         part_dtypes=lambda row, layer: [torch.float32] * len(row.hf),
     )
+    stream = WeightStream(base, None, None, None)
+
+    def read(writer: _RankWriter, row: Row, layer: int | None) -> torch.Tensor:
+        blocks = list(writer._blocks(row, layer))
+        return torch.cat([block.make().flatten() for block in blocks if block.make]).view(writer._spec(row, layer).shape)
+
     x = torch.randn(5, 8)
 
     def reference(expert: int) -> torch.Tensor:
@@ -81,7 +88,7 @@ def test_each_rank_s_expert_shards_compute_the_expert_with_that_number(tp_size: 
             total = [torch.zeros(5, 8), torch.zeros(5, 8)]
             for tp_rank in range(tp_size):
                 writer = _RankWriter(stream, table, layout, 0, (tp_rank, ep_rank))
-                rank = {name: writer._read(row, layer) for name, row, layer in chunk_rows(table, layout, 0, 0, (tp_rank, ep_rank))}
+                rank = {name: read(writer, row, layer) for name, row, layer in chunk_rows(table, layout, 0, 0, (tp_rank, ep_rank))}
                 prefix = "decoder.layers.1.mlp.experts."
                 for local in range(2):
                     if grouped:  # Megatron's GroupedMLP: weight.view(experts, h, -1), x @ weight
