@@ -70,19 +70,26 @@ class Change:
         rows, width = last - first, self.matrix_a.shape[1]
         result = torch.empty(rows, width, dtype=dtype)
         step = max(_CACHED_BYTES // (4 * width), 1)
-        sums, casts = torch.empty(2, min(step, rows), width).unbind()
+        total, other = torch.empty(2, min(step, rows), width).unbind()
+        flat = total.view(-1)
         power_of_two = abs(math.frexp(self.scale)[0]) == 0.5  # then scaling rounds nothing, and may be one step with the sum
-        lost = 0.0
-        for start, out in zip(range(first, last, step), result.split(step), strict=True):
-            total, other = sums[: len(out)], casts[: len(out)]
-            torch.mm(self.matrix_b[start : start + len(out)], self.matrix_a, out=total)
-            other.copy_(rows_of_base(start, start + len(out)))
+        lost = []
+        # Few calls, and nothing cut inside the loop: each call gives Python's lock away, waits for it again, and another thread is at it.
+        wholes = (self.matrix_b[first:last], rows_of_base(first, last), result)
+        for part, base, out in zip(*(whole.split(step) for whole in wholes), strict=True):
+            if len(out) < len(total):
+                total, other = total[: len(out)], other[: len(out)]
+                flat = total.view(-1)
+            torch.mm(part, self.matrix_a, out=total)
+            other.copy_(base)
             if power_of_two:
                 torch.add(other, total, alpha=self.scale, out=total)
             else:
                 total.mul_(self.scale).add_(other)
-            flat = total.sub_(other.copy_(out.copy_(total))).view(-1)
-            lost += float(torch.dot(flat, flat))
+            out.copy_(total)
+            other.copy_(out)
+            total.sub_(other)
+            lost.append(torch.dot(flat, flat))
         matrix_b = self.matrix_b[first:last]
         delta = float(((matrix_b.T @ matrix_b).double() * self.gram).sum())
-        return result, max(self.scale * self.scale * delta, 0.0), lost
+        return result, max(self.scale * self.scale * delta, 0.0), float(torch.stack(lost).double().sum())
