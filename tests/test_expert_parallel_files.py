@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,13 @@ def rank_file(folder: Path, ep_rank: int) -> Path:
     return folder / ITERATION / f"mp_rank_00_{ep_rank:03d}" / "model_optim_rng.pt"
 
 
+def loaded(path: Path) -> dict[str, Any]:
+    with torch.serialization.safe_globals([Namespace]):
+        return torch.load(path)
+
+
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    content = torch.load(path, weights_only=False)
+    content = loaded(path)
     change(content["model"])
     torch.save(content, path)
 
@@ -83,7 +89,7 @@ def test_ranks_of_two_forms_are_refused(folders: dict[str, Path], tmp_path: Path
 def test_files_with_both_forms_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["single"], tmp_path / "mg")
     for ep_rank in range(2):
-        grouped = torch.load(rank_file(folders["grouped"], ep_rank), weights_only=False)["model"]
+        grouped = loaded(rank_file(folders["grouped"], ep_rank))["model"]
         extra = {name: value for name, value in grouped.items() if ".experts.weight" in name}
         edit(rank_file(tmp_path / "mg", ep_rank), lambda model, extra=extra: model.update(extra))
     assert "experts one by one (decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight) and grouped" in refusal(tmp_path / "mg")
