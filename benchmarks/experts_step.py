@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from train_step_cpu import RATE, Step, our_side, products_of, timed
+from train_step_cpu import Step, our_side, products_of, step_of, timed
 
 SHAPE: dict[str, Any] = dict(
     vocab_size=8192,
@@ -53,26 +53,13 @@ BAR = 1.5
 
 def peft_side(folder: Path, dtype: Any, experts: str, autocast: bool, compiled: bool) -> Step:
     """A step of transformers + PEFT, ``experts`` its experts_implementation."""
-    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", experts_implementation=experts, dtype=dtype)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=HF_TARGETS, target_parameters=HF_PARAMETERS)
     model = get_peft_model(base, lora, autocast_adapter_dtype=autocast).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE)
-    run = torch.compile(model) if compiled else model
-
-    def step(ids: Any) -> float:
-        loss = run(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    return step
+    return step_of(model, compiled)
 
 
 def large_product_rate(dtype: Any, clock: Any) -> float:

@@ -45,15 +45,10 @@ RATE = 1e-4
 Step = Callable[[Any], float]
 
 
-def peft_side(folder: Path, dtype: Any, autocast: bool, attention: str, compiled: bool, full: bool = False) -> Step:
-    """A step of transformers + PEFT; ``full``: of transformers alone."""
+def step_of(model: Any, compiled: bool) -> Step:
+    """A step of transformers' ``model``, or one that PEFT wrapped: loss, gradients, clipping, AdamW."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype)
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules=HF_TARGETS)
-    model = base.train() if full else get_peft_model(base, lora, autocast_adapter_dtype=autocast).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE)
     run = torch.compile(model) if compiled else model
@@ -67,6 +62,17 @@ def peft_side(folder: Path, dtype: Any, autocast: bool, attention: str, compiled
         return float(loss.detach())
 
     return step
+
+
+def peft_side(folder: Path, dtype: Any, autocast: bool, attention: str, compiled: bool, full: bool = False) -> Step:
+    """A step of transformers + PEFT; ``full``: of transformers alone."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=HF_TARGETS)
+    model = base.train() if full else get_peft_model(base, lora, autocast_adapter_dtype=autocast).train()
+    return step_of(model, compiled)
 
 
 def trl_side(folder: Path, dtype: Any) -> Step:
