@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/train_step_scaling.py                  # CPU, fp32, the model of train_step_cpu.py
     OMP_NUM_THREADS=1 python benchmarks/train_step_scaling.py --cpu-time       # on a machine that is not this measurement's alone
+    OMP_NUM_THREADS=2 python benchmarks/train_step_scaling.py --changes r      # one table alone, in a section of its own
     python benchmarks/train_step_scaling.py --device cuda                      # bf16, 8 layers of Qwen3-8B's shape
 
 From 2 rows of 256 tokens at r 16 (cuda: 2 of 2048) one size changes at a time. "Frozen" is forward and the activation gradient of the bare
@@ -74,11 +75,14 @@ def main() -> None:
     made = common.parser(__doc__)
     made.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     made.add_argument("--cpu-time", action="store_true", help="count this process's CPU time (on one thread), in a section of its own")
+    made.add_argument("--changes", choices=("length", "r", "rows"), help="this size alone (default: all three)")
     options = made.parse_args()
     device, clock = torch.device(options.device), time.process_time if options.cpu_time else time.perf_counter
     model = TINY_MODEL if options.dry_run else CUDA_MODEL if options.device == "cuda" else CPU_MODEL
     rows, results = [], []
     for changes, size in sizes_of(options.device == "cuda", options.dry_run):
+        if options.changes not in (None, changes):
+            continue
         values = measure(model, size, device, options.rounds, clock)
         middle = common.medians(values)
         tokens = size.rows * size.length / middle["fused"]
@@ -91,9 +95,9 @@ def main() -> None:
     if options.dry_run:
         print(body)
         return
-    own = f"{options.device}{', CPU time' if options.cpu_time else ''}"
-    name = f"train_step_scaling_{options.device}{'_cpu_time' if options.cpu_time else ''}"
-    common.write_results(name, f"Scaling of a step, {own} (`train_step_scaling.py`)", {"results": results}, body, options.output)
+    own = [word for word in (options.changes, options.device, "CPU time" if options.cpu_time else "") if word]
+    name, title = "_".join(["train_step_scaling", *own]).replace(" ", "_").lower(), ", ".join(["Scaling of a step", *own])
+    common.write_results(name, f"{title} (`train_step_scaling.py`)", {"results": results}, body, options.output)
 
 
 if __name__ == "__main__":
