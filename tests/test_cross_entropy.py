@@ -37,13 +37,12 @@ def _run(tp_size: int, dtype: torch.dtype, chunk: int) -> dict[str, torch.Tensor
     t = _inputs()
     hidden = t["hidden"].to(dtype).requires_grad_()
     weight = t["weight"].chunk(tp_size)[context.tp_rank].to(dtype).requires_grad_()
-    saved = cross_entropy.CHUNK_TOKENS, cross_entropy._BLOCK_LOGITS
-    cross_entropy.CHUNK_TOKENS, cross_entropy._BLOCK_LOGITS = chunk, {"cpu": 1}
+    saved, cross_entropy.tile_of = cross_entropy.tile_of, lambda _device: cross_entropy.Tile(chunk, 1)
     try:
         losses = cross_entropy.linear_cross_entropy(hidden, weight, t["target"], VOCABULARY, context)
         losses.backward(t["grad"])
     finally:
-        cross_entropy.CHUNK_TOKENS, cross_entropy._BLOCK_LOGITS = saved
+        cross_entropy.tile_of = saved
     return {"losses": losses.detach(), "hidden": hidden.grad, "weight": weight.grad}
 
 
@@ -82,7 +81,7 @@ def test_no_tensor_is_as_large_as_the_logits(monkeypatch: pytest.MonkeyPatch) ->
                     largest = max(largest, tensor.untyped_storage().nbytes())
             return result
 
-    monkeypatch.setattr(cross_entropy, "_BLOCK_LOGITS", {"cpu": 1})
+    monkeypatch.setattr(cross_entropy, "tile_of", lambda _device: cross_entropy.Tile(1024, 1))
     tokens, vocabulary = 64, 8192
     hidden, weight = torch.randn(tokens, 8, requires_grad=True), torch.randn(vocabulary, 8)
     with Sizes():

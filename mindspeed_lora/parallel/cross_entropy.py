@@ -14,24 +14,30 @@ by block, from the logits computed once more.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from mindspeed_lora.ops.products import product_dtype, times, times_transposed
+from mindspeed_lora.ops.products import product_dtype
 from mindspeed_lora.parallel.collectives import all_reduce
 from mindspeed_lora.parallel.context import ParallelContext
 
-CHUNK_TOKENS = 8192
-_BLOCK_LOGITS = {"cpu": 1 << 22}  # fp32 logits held at once: 16 MiB on a CPU, 256 MiB on a device
-_BLOCK_LOGITS_DEVICE = 1 << 26
+
+class Tile(NamedTuple):
+    """What is worked on at once: so many ``tokens``, and of their fp32 ``logits`` so many."""
+
+    tokens: int
+    logits: int
+
+    def columns(self, tokens: int) -> int:
+        """Columns of the vocabulary for so many tokens."""
+        return max(256, self.logits // max(1, min(tokens, self.tokens)) // 256 * 256)
 
 
-def block_columns(tokens: int, device_type: str = "cuda") -> int:
-    """Columns of the vocabulary per block, so that ``tokens`` rows of them stay within the bound above."""
-    columns = _BLOCK_LOGITS.get(device_type, _BLOCK_LOGITS_DEVICE) // max(1, min(tokens, CHUNK_TOKENS))
-    return max(256, columns // 256 * 256)
+def tile_of(device_type: str) -> Tile:
+    """4 MiB on a CPU, which its caches hold; 256 MiB on a device."""
+    return Tile(1024, 1 << 20) if device_type == "cpu" else Tile(8192, 1 << 26)
 
 
 class _Slice:
@@ -42,13 +48,18 @@ class _Slice:
         self.first = context.tp_rank * self.rows
         self.valid = max(0, min(self.rows, vocab_size - self.first))
         self.group = context.tp_group
+        self.tile = tile_of(weight.device.type)
 
-    def blocks(self, tokens: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(columns, rows of the head) of each block, real columns only."""
-        size = block_columns(tokens, self.weight.device.type)
+    def chunks(self, tokens: int) -> Iterator[slice]:
+        """Tokens that are worked on together."""
+        return (slice(start, start + self.tile.tokens) for start in range(0, tokens, self.tile.tokens))
+
+    def blocks(self, tokens: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(columns, rows of the head in ``dtype``) of each block, real columns only."""
+        size = self.tile.columns(tokens)
         for start in range(0, self.valid, size):
             columns = slice(start, min(start + size, self.valid))
-            yield columns, self.weight[columns]
+            yield columns, self.weight[columns].to(dtype)
 
     def local_target(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Column of each target on this rank (0 where it is not here) and whether it is here."""
@@ -58,9 +69,17 @@ class _Slice:
 
 
 def _logits(hidden: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """``[n, h]`` (in the products' dtype) -> ``[n, columns]`` float32 or wider."""
-    product = times_transposed(hidden, block)
+    """``[n, h]``, ``[columns, h]`` -> ``[n, columns]`` float32 or wider."""
+    product = hidden @ block.t()
     return product.float() if product.dtype.itemsize == 2 else product
+
+
+def _add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """``sums += left right``, multiplied in the dtype of ``right``."""
+    if right.dtype == sums.dtype:
+        sums.addmm_(left, right)
+    else:
+        sums.add_(left.to(right.dtype) @ right)
 
 
 def _sweep(
@@ -74,7 +93,7 @@ def _sweep(
     target_logit = torch.zeros_like(largest)
     grad = torch.zeros(hidden.shape, dtype=statistics, device=hidden.device) if with_grad else None
     local, here = part.local_target(target)
-    for columns, block in part.blocks(hidden.shape[0]):
+    for columns, block in part.blocks(hidden.shape[0], wide.dtype):
         logits = _logits(wide, block)
         inside = here & (local >= columns.start) & (local < columns.stop)
         picked = logits.gather(1, (local - columns.start).clamp(0, block.shape[0] - 1).unsqueeze(1)).squeeze(1)
@@ -84,7 +103,7 @@ def _sweep(
         exponentials = logits.sub_(risen.unsqueeze(1)).exp_()
         total.mul_(shrink).add_(exponentials.sum(dim=1))
         if grad is not None:
-            grad.mul_(shrink.unsqueeze(1)).add_(times(exponentials.to(wide.dtype), block))
+            _add_product(grad.mul_(shrink.unsqueeze(1)), exponentials, block)
         largest = risen
     return _over_ranks(part, largest, total, target_logit, grad, local, here)
 
@@ -114,15 +133,14 @@ def _weight_grad(part: _Slice, hidden: torch.Tensor, target: torch.Tensor, log_s
     wide = hidden.to(product_dtype(hidden))
     weight_grad = torch.zeros_like(part.weight)
     local, here = part.local_target(target)
-    for columns, block in part.blocks(hidden.shape[0]):
+    for columns, block in part.blocks(hidden.shape[0], wide.dtype):
         sums = torch.zeros(block.shape, dtype=log_sum.dtype, device=block.device)
-        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
+        for rows in part.chunks(hidden.shape[0]):
             logit_grad = _logits(wide[rows], block).sub_(log_sum[rows].unsqueeze(1)).exp_()
             inside = here[rows] & (local[rows] >= columns.start) & (local[rows] < columns.stop)
             column = (local[rows] - columns.start).clamp(0, block.shape[0] - 1)
             logit_grad.scatter_add_(1, column.unsqueeze(1), -inside.to(logit_grad.dtype).unsqueeze(1))
-            sums.add_(logit_grad.mul_(grad[rows].unsqueeze(1)).to(wide.dtype).t() @ wide[rows])
+            _add_product(sums, logit_grad.mul_(grad[rows].unsqueeze(1)).t(), wide[rows])
         weight_grad[columns] = sums
     return weight_grad
 
@@ -142,8 +160,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         log_sums = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
         hidden_grad = torch.empty_like(hidden) if need_hidden_grad else None
-        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
+        for rows in part.chunks(hidden.shape[0]):
             losses[rows], log_sums[rows], grad = _sweep(part, hidden[rows], target[rows], need_hidden_grad)
             if hidden_grad is not None and grad is not None:
                 hidden_grad[rows] = grad

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mindspeed_lora.ops.nf4 import BYTES_PER_VALUE as NF4_BYTES
-from mindspeed_lora.parallel.cross_entropy import CHUNK_TOKENS, block_columns
+from mindspeed_lora.parallel.cross_entropy import tile_of
 from mindspeed_lora.training.optimizer import optimizer_bytes
 from mindspeed_lora.training.sizes import RunSizes, StageParameters, stage_parameters
 from mindspeed_lora.weights.config import ExpertShape
@@ -207,12 +207,14 @@ def _working(sizes: RunSizes, counts: StageParameters, pp_rank: int, recomputed:
 def _loss_head(sizes: RunSizes) -> float:
     """A block of fp32 logits (of several, the new and the last), hidden states' sums, and the weight gradient of a trained head."""
     width, hidden = sizes.parameter_bytes, sizes.model.hidden_size
-    rows = min(sizes.micro_batch_tokens, CHUNK_TOKENS)
+    tile = tile_of(sizes.device_type)
+    rows = min(sizes.micro_batch_tokens, tile.tokens)
     vocabulary = sizes.model.padded_vocab_size / sizes.tp_size
-    block = min(block_columns(rows, sizes.device_type), vocabulary)
+    block = min(tile.columns(rows), vocabulary)
     blocks = 2 if block < vocabulary else 1
     logits = rows * block * (4 * blocks + (0 if width == 4 or sizes.widened else width))
-    sums = rows * hidden * (12 if sizes.widened else 8) + (4 * block * hidden if sizes.widened else 0)
+    product = 4 if sizes.widened else width
+    sums = rows * hidden * (4 + (0 if width == 4 else product)) + (4 * block * hidden if sizes.widened else 0)
     states = 3 * width * sizes.micro_batch_tokens * hidden  # the final norm's output, its trained rows, their gradient
     return logits + sums + states + (0 if sizes.lora else width * vocabulary * hidden)
 
