@@ -32,7 +32,7 @@ MUTANTS = (
     Mutant(
         "row u",
         "u is not summed over the tensor ranks",
-        ((FUNCTIONS, "u = _rows(u).contiguous()", "u = times_transposed(_wide(x), a)[: _rows(u).shape[0]]"),),
+        ((FUNCTIONS, "u = _rows(u).contiguous()", "u = times_transposed(wide_rows(x), a)[: _rows(u).shape[0]]"),),
     ),
     Mutant(
         "B's scale",

@@ -98,6 +98,30 @@ def test_products_round_once_and_write_where_they_are_told(wide: bool, monkeypat
     assert products.product_dtype(x[:8]) == torch.bfloat16  # a few rows: reading the weight is the cost
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_widened_linear_is_exact_to_one_rounding_and_keeps_little(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU without 16-bit matrix units, in several blocks: y, dx, dW and the bias's gradient, and x kept only for dW."""
+    monkeypatch.setattr(products, "cpu_multiplies_16_bit_fast", lambda: False)
+    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 100)
+    draw = _draw(8)
+    x, weight, bias, dy = draw(35, 2, 24).bfloat16(), draw(40, 24).bfloat16(), draw(40).bfloat16(), draw(35, 2, 40).bfloat16()
+    inputs = [x.requires_grad_(), weight.requires_grad_(trained), bias.requires_grad_(trained)]
+    wide = [value.detach().double().requires_grad_(value.requires_grad) for value in inputs]
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        got = ops.linear(*inputs)
+    want = torch.nn.functional.linear(*wide)
+    got.backward(dy)
+    want.backward(dy.double())
+    assert {tensor.data_ptr() for tensor in kept} == {value.data_ptr() for value in ((x, weight) if trained else (weight,))}
+    pairs = [(got, want), *((one.grad, other.grad) for one, other in zip(inputs, wide, strict=True) if one.requires_grad)]
+    for one, other in pairs:
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(one.double(), other, rtol=2**-8, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(ops.linear(x, weight, bias), got)
+
+
 @torch.no_grad()
 def test_without_gradients_the_kernels_say_the_same() -> None:
     for name, (shape, more) in KERNELS.items():

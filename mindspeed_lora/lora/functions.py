@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_lora.ops.products import product_dtype, times, times_transposed
+from mindspeed_lora.ops.products import times, times_transposed, wide_rows
 from mindspeed_lora.parallel import collectives
 from mindspeed_lora.parallel.context import ParallelContext
 
@@ -34,12 +34,6 @@ Scale = float | torch.Tensor
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """``[..., k] -> [n, k]``."""
     return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """``[..., k] -> [n, k]`` in the dtype of its products: no copy but on a CPU that multiplies in fp32."""
-    rows = _rows(tensor)
-    return rows.to(product_dtype(rows))
 
 
 def scaled(u: torch.Tensor, scale: Scale) -> torch.Tensor:
@@ -55,7 +49,7 @@ def _add_low_rank(y: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, scale:
 
 def _grad_a(grad_u: torch.Tensor, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """``dA = g_u^T x`` in A's dtype."""
-    wide = _wide(x)
+    wide = wide_rows(x)
     return (grad_u.to(wide.dtype).t() @ wide).to(a.dtype)
 
 
@@ -96,7 +90,7 @@ class ColumnLora(torch.autograd.Function):
     ) -> torch.Tensor:
         """x ``[s, b, in]`` (SP: ``[s/t, b, in]``) -> ``[s, b, out/t]``."""
         whole = collectives.all_gather_dim0(x, context.tp_group) if context.sequence_parallel else x
-        wide = _wide(whole)
+        wide = wide_rows(whole)
         u = times_transposed(wide, a)
         y = _add_low_rank(times_transposed(wide, weight, bias), u, b.t(), scale)
         ctx.save_for_backward(x, weight, a, b, u)
@@ -107,7 +101,7 @@ class ColumnLora(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> Grads:
         """Gradients of x, A and B; none for the frozen weight."""
         saved = x, weight, a, b, u = ctx.saved_tensors  # once: recomputation hands each tensor out a single time
-        wide = _wide(dy)
+        wide = wide_rows(dy)
         if ctx.context.sequence_parallel:
             grad_x, grad_u, grad_b = _column_scattered(ctx, saved, dy, wide)
             grad_a = _grad_a(grad_u, x, a)
@@ -157,7 +151,7 @@ class RowLora(torch.autograd.Function):
         context: ParallelContext,
     ) -> torch.Tensor:
         """x ``[s, b, in/t]`` -> ``[s, b, out]`` (SP: ``[s/t, b, out]``)."""
-        wide, width = _wide(x), weight.shape[0]
+        wide, width = wide_rows(x), weight.shape[0]
         if context.tp_group is None:
             u = times_transposed(wide, a)
             y = _add_low_rank(times_transposed(wide, weight), u, b.t(), scale).to(x.dtype).view(*x.shape[:-1], width)
@@ -180,9 +174,9 @@ class RowLora(torch.autograd.Function):
         x, weight, a, b, u = ctx.saved_tensors
         group = ctx.context.tp_group if ctx.context.sequence_parallel else None
         pending = collectives.start_all_gather_dim0(dy, group)
-        wide = _wide(dy)
+        wide = wide_rows(dy)
         grad_b = _grad_b(wide, u, b, ctx.scale)
-        whole = wide if group is None else _wide(pending.wait())
+        whole = wide if group is None else wide_rows(pending.wait())
         grad_u = times(whole, b).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
