@@ -136,6 +136,33 @@ def test_bf16_of_many_rows_is_within_its_rounding(pool: Any, tp_size: int, seque
         assert float((got[name].double() - expected).norm() / expected.norm()) < 0.02, name
 
 
+def _kept_bytes(tp_size: int) -> tuple[int, int]:
+    """(bytes whose memory the pair keeps for its backward pass beside parameters and inputs, those that it has to)."""
+    context = build_context(torch.device("cpu"), tp_size, 1, True)
+    t = _tensors()
+    column, row = _pair(context, True)
+    x = t["x"].chunk(tp_size, 0)[context.tp_rank].clone().requires_grad_()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    own = {tensor.untyped_storage().data_ptr() for tensor in (x, *column.parameters(), *row.parameters())}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        middle = column(x)
+        y = row(middle)
+    inputs = {middle.untyped_storage().data_ptr(), *own}
+    rank = column.lora_A["default"].weight.shape[0], row.lora_A["default"].weight.shape[0]
+    tokens = y.shape[0] * y.shape[1]
+    return sum(size for place, size in kept.items() if place not in inputs), y.itemsize * tokens * (tp_size * rank[0] + rank[1])
+
+
+def test_beside_its_input_a_layer_keeps_u_alone(pool: Any) -> None:
+    for kept, needed in pool.run(_kept_bytes, 2, 2):
+        assert kept == needed
+
+
 def test_fused_pair_makes_the_frozen_pairs_collectives(pool: Any) -> None:
     """SP: all-gather + reduce-scatter each way; beyond the frozen pair only the r-wide parts of the two reduce-scatters."""
     calls = pool.run(_run_pair, 2, 2, True, True)[0]["calls"]

@@ -137,6 +137,31 @@ def test_at_most_two_layers_are_whole_at_a_time(folder: Path) -> None:
     assert most == 1
 
 
+def gathered_meanwhile(folder: Path) -> tuple[list[bool], list[bool]]:
+    """On a rank: whether a layer's gather had been started when its neighbour computed, forward and backward."""
+    context = build_context(torch.device("cpu"), 1, 1, False)
+    storage = BaseStorage(context, Plain(), True)
+    engine = build_engine(folder, context, SPEC, True, make_storage=lambda: storage)
+    forward, backward = [], []
+
+    def started(index: int) -> bool:
+        return storage.layers[index]._gathering is not None
+
+    modules = list(engine.stages[0].decoder.layers.values())
+    for index, module in enumerate(modules[:-1]):
+        module.mlp.register_forward_hook(lambda *_, index=index: forward.append(started(index + 1)))
+    for index, module in enumerate(modules[1:], 1):
+        module.mlp.register_full_backward_hook(lambda *_, index=index: backward.append(started(index - 1)))
+    ids, labels, weights = batch()
+    PipelineRunner(engine.stages, context).forward_backward(ids, labels, weights, 4)
+    return forward, backward
+
+
+def test_the_next_layer_is_gathered_while_this_one_computes(pool: ProcessPool, folder: Path) -> None:
+    for forward, backward in pool.run(gathered_meanwhile, 2, folder):
+        assert forward and all(forward) and len(backward) == len(forward) and all(backward)
+
+
 def test_a_rank_asks_for_its_own_rows_only() -> None:
     asked: list[tuple[int, int]] = []
     weights = [torch.nn.Parameter(torch.empty(8, 4), requires_grad=False), torch.nn.Parameter(torch.empty(6, 4), requires_grad=False)]
