@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import sys
 from pathlib import Path
 
@@ -14,9 +13,7 @@ from pool import ProcessPool
 from mindspeed_lora.arguments.configs import LORA_TARGETS, RecomputeFlags
 from mindspeed_lora.lora.inject import inject_lora
 from mindspeed_lora.model.stage import build_stage_modules
-from mindspeed_lora.ops.nf4 import Nf4
-from mindspeed_lora.parallel.context import ParallelContext, build_context
-from mindspeed_lora.parallel.on_demand import BaseStorage, Plain
+from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.training.memory import estimate
 from mindspeed_lora.training.sizes import RunSizes, stage_parameters
 from mindspeed_lora.weights.config import LatentShape, ModelConfig
@@ -25,8 +22,7 @@ from mindspeed_lora.weights.table import WeightTable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import memory_estimate
-from allocated import Allocated
-from engine import build_stage, step_of
+from memory_layouts import LAYOUTS, Layout, measured_on_this_rank
 
 LORA = LoraSpec(4, 8.0, LORA_TARGETS)
 MODEL = ModelConfig("qwen3", 64, 96, 4, 8, 4, 16, 320, 320, 1e-6, 1e4, qk_layernorm=True)
@@ -98,37 +94,11 @@ def test_what_experts_keep_is_cut_as_they_are() -> None:
     assert kept[1] < 0.7 * kept[0] and kept[2] < 0.7 * kept[0]
 
 
-def measured_on_this_rank(tp: int, pp: int, dp: int, fsdp_base: bool, qlora: bool, dtype: str, micro_batches: int) -> tuple[float, float]:
-    """(bytes that torch held at most on this rank, the estimate for its stage)."""
-    model, device, length = memory_estimate.SMALL, torch.device("cpu"), 256
-    case = memory_estimate.Case(True, dtype, RecomputeFlags(), 1, length, micro_batches)
-    layout = dict(tp_size=tp, pp_size=pp, dp_size=dp, sequence_parallel=tp > 1, fsdp_base=fsdp_base, qlora=qlora)
-    sizes = dataclasses.replace(memory_estimate.sizes_of(case, model, device), **layout)
-    context = build_context(device, tp, pp, tp > 1)
-
-    def make_storage() -> BaseStorage:
-        return BaseStorage(context, Nf4() if qlora else Plain(), fsdp_base)
-
-    kept = make_storage if fsdp_base or qlora else None
-    gc.collect()  # what an earlier cell left would count as negative when it is released
-    with Allocated() as allocated:
-        stage = build_stage(model, memory_estimate.LORA, getattr(torch, dtype), RecomputeFlags(), True, device, context, kept)
-        step_of(stage, 1)(torch.zeros(micro_batches, length, dtype=torch.int64))
-        del stage
-    return allocated.peak, estimate(sizes, context.pp_rank)["total"]
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("layout", "fsdp_base", "qlora", "micro_batches"),
-    [((2, 1, 1), False, False, 1), ((1, 2, 1), False, False, 4), ((1, 1, 2), True, False, 1), ((1, 1, 1), False, True, 1)],
-    ids=["TP2-SP", "PP2", "fsdp-base", "qlora"],
-)
-def test_every_ranks_total_is_what_torch_allocates_there(
-    pool: ProcessPool, layout: tuple[int, int, int], fsdp_base: bool, qlora: bool, micro_batches: int, dtype: str
-) -> None:
-    if qlora:
+@pytest.mark.parametrize("layout", [*LAYOUTS, Layout(qlora=True)], ids=["TP2-SP", "PP2", "fsdp-base", "qlora"])
+def test_every_ranks_total_is_what_torch_allocates_there(pool: ProcessPool, layout: Layout, dtype: str) -> None:
+    """benchmarks/memory_layouts.py: within 10 % for models of 1 GiB."""
+    if layout.qlora:
         pytest.importorskip("bitsandbytes")
-    processes = layout[0] * layout[1] * layout[2]
-    for rank, (peak, total) in enumerate(pool.run(measured_on_this_rank, processes, *layout, fsdp_base, qlora, dtype, micro_batches)):
+    for rank, (peak, total) in enumerate(pool.run(measured_on_this_rank, layout.processes, layout, memory_estimate.SMALL, dtype, 256)):
         assert total == pytest.approx(peak, rel=0.15), f"rank {rank}"
