@@ -2,14 +2,14 @@
 
 | kernel             | cpu                            | cuda                       | npu                       |
 |--------------------|--------------------------------|----------------------------|---------------------------|
-| linear             | linear; few rows in blocks     | linear                     | linear                    |
+| linear             | linear, 16-bit in fp32         | linear                     | linear                    |
 | rms_norm           | fused                          | torch's own                | npu_rms_norm              |
 | rotate, swiglu     | fused                          | fused                      | npu_rotary_mul, _swiglu   |
 | attention          | sdpa, 16-bit in fp32           | sdpa                       | npu_fusion_attention      |
 | document_attention | the same for each document     | the same for each document | npu_fusion_attention, TND |
 
 No kernel takes a mask tensor for causal attention. A CPU without gradients, a few rows: :mod:`~mindspeed_lora.ops.few_rows`. The products
-inside LoRA layers and the loss head: :mod:`~mindspeed_lora.ops.products`.
+in fp32, inside LoRA layers and the loss head too: :mod:`~mindspeed_lora.ops.products`.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def _activations(sizes: RunSizes, pp_rank: int) -> tuple[float, float]:
     in_flight = _chunks_in_flight(sizes, pp_rank)
     group = (sizes.recompute.num_layers or 1) if sizes.recompute.method != "block" else 1
     layer = sizes.micro_batch_tokens * layer_bytes_per_token(sizes)
-    boundaries = -(-recomputed // group) * _boundary(sizes)
+    boundaries = -(-recomputed // group) * sizes.boundary_bytes
     kept = in_flight * ((chunk_layers - recomputed) * layer + boundaries)
     if _keeps_core(sizes):
         return kept, min(group, chunk_layers) * layer if recomputed else 0.0
@@ -97,12 +97,6 @@ def _chunks_in_flight(sizes: RunSizes, pp_rank: int) -> int:
         return min(sizes.num_micro_batches, ahead)
     warm_up = 2 * (ahead - 1) + (sizes.num_chunks - 1) * sizes.pp_size + 1  # torch's interleaved schedule
     return min(sizes.num_micro_batches * sizes.num_chunks, warm_up)
-
-
-def _boundary(sizes: RunSizes) -> float:
-    """Hidden states between two layers: [s, b, h], cut over t with sequence parallelism."""
-    whole = sizes.micro_batch_tokens * sizes.model.hidden_size * sizes.parameter_bytes
-    return whole / (sizes.tp_size if sizes.sequence_parallel else 1)
 
 
 def layer_bytes_per_token(sizes: RunSizes) -> float:
@@ -186,7 +180,7 @@ def _routed_bytes_per_token(sizes: RunSizes, shape: ExpertShape) -> float:
 
 def _receive_buffers(sizes: RunSizes, device_bytes: float | None) -> float:
     """Activations and their gradients of all micro-batches of one schedule call (see ``parallel/pipeline.py``)."""
-    each = 2 * sizes.num_chunks * _boundary(sizes)
+    each = 2 * sizes.num_chunks * sizes.boundary_bytes
     budget = sizes.pipeline_buffer_fraction * device_bytes if device_bytes else float("inf")
     if sizes.num_micro_batches * each <= budget:
         return sizes.num_micro_batches * each

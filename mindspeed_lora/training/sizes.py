@@ -71,6 +71,12 @@ class RunSizes:
         return self.micro_batch_size * self.rows_per_record * self.length
 
     @property
+    def boundary_bytes(self) -> float:
+        """Hidden states of a micro-batch between two layers: [s, b, h], cut over t with sequence parallelism."""
+        whole = self.micro_batch_tokens * self.model.hidden_size * self.parameter_bytes
+        return whole / (self.tp_size if self.sequence_parallel else 1)
+
+    @property
     def global_batch_size(self) -> int:
         """Rows of one step."""
         return self.micro_batch_size * self.num_micro_batches * self.dp_size

@@ -60,7 +60,9 @@ def step_time(sizes: RunSizes, machine: Machine) -> StepTime:
         "recomputation": again / (machine.flops * machine.matmul_share),
         "norms, rotary, SwiGLU, loss": streams / (machine.bandwidth * machine.memory_share),
         "tensor parallel": _tensor_parallel(sizes, machine),
-        "pipeline transfers": 2 * _boundary(sizes) / machine.link_between(2, sizes.tp_size * sizes.pp_size) if sizes.pp_size > 1 else 0.0,
+        "pipeline transfers": 2 * sizes.boundary_bytes / machine.link_between(2, sizes.tp_size * sizes.pp_size)
+        if sizes.pp_size > 1
+        else 0.0,
     }
     if sizes.ep_size > 1:
         micro["experts' exchange"] = _exchange(sizes, machine)
@@ -80,11 +82,6 @@ def _recomputed_share(sizes: RunSizes) -> float:
     """Of the layers, those that run forward twice."""
     chunk = sizes.layers_per_stage // sizes.num_chunks
     return sizes.recomputed_layers(chunk) / chunk
-
-
-def _boundary(sizes: RunSizes) -> float:
-    whole = sizes.micro_batch_tokens * sizes.model.hidden_size * sizes.parameter_bytes
-    return float(whole / (sizes.tp_size if sizes.sequence_parallel else 1))
 
 
 def _tensor_parallel(sizes: RunSizes, machine: Machine) -> float:
