@@ -108,6 +108,5 @@ def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
 def rotary_tables(inverse: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> RotaryTables:
     """cos and sin ``[s, b or 1, 1, d]`` for ``positions`` ``[b or 1, s]``, times ``scale``; angles in fp32, tables in ``dtype``."""
     angles = positions.t().float().unsqueeze(-1) * inverse
-    halves = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
-    cosine, sine = (torch.cat((half, half), dim=-1).unsqueeze(2) for half in halves)
-    return cosine, sine
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)

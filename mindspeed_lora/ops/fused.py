@@ -34,14 +34,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Grads:
         x, weight, scale = ctx.saved_tensors
-        wide, grad, factor, size = _wide(x), _wide(dy).contiguous(), _wide(weight), x.shape[-1]
-        # the layer norm's kernel with a mean of 0; the mean over a row that it takes off its gradient is added again
-        wanted = [True, ctx.needs_input_grad[1], False]
-        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, wide, [size], torch.zeros_like(scale), scale, factor, None, wanted
-        )
-        means = torch.mv(grad.view(-1, size), factor).view_as(scale).mul_(scale).div_(size)
-        return grad_x.add_(means).to(x.dtype), grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+        wide, grad = _wide(x), _wide(dy * weight)
+        along = (grad * wide).sum(dim=-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])
+        grad = torch.mul(grad, scale).addcmul_(wide, along)
+        weight_grad = None
+        if ctx.needs_input_grad[1]:
+            weight_grad = (_wide(dy) * (wide * scale).to(x.dtype)).flatten(0, -2).sum(dim=0).to(weight.dtype)
+        return grad.to(x.dtype), weight_grad, None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
