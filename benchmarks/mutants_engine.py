@@ -95,7 +95,7 @@ KERNEL_MUTANTS = (
         ((CPU, "(x if weight.requires_grad else None, ", "(x, "),),
     ),
     Mutant("gradient of a bias", "it is the mean over the rows", ((CPU, "wide.sum(dim=0)", "wide.mean(dim=0)"),)),
-    Mutant("norm's dx", "it is the layer norm's: the row's mean is missing", ((FUSED, "grad_x.add_(means)", "grad_x"),)),
+    Mutant("norm's dx", "it lacks the part along x", ((FUSED, "torch.mul(grad, scale).addcmul_(wide, along)", "torch.mul(grad, scale)"),)),
     Mutant(
         "rotation's gradient",
         "it turns the same way again",

@@ -60,10 +60,9 @@ def step_time(sizes: RunSizes, machine: Machine) -> StepTime:
         "recomputation": again / (machine.flops * machine.matmul_share),
         "norms, rotary, SwiGLU, loss": streams / (machine.bandwidth * machine.memory_share),
         "tensor parallel": _tensor_parallel(sizes, machine),
-        "pipeline transfers": 2 * sizes.boundary_bytes / machine.link_between(2, sizes.tp_size * sizes.pp_size)
-        if sizes.pp_size > 1
-        else 0.0,
     }
+    if sizes.pp_size > 1:
+        micro["pipeline transfers"] = 2 * sizes.boundary_bytes / machine.link_between(2, sizes.tp_size * sizes.pp_size)
     if sizes.ep_size > 1:
         micro["experts' exchange"] = _exchange(sizes, machine)
     if sizes.qlora:
