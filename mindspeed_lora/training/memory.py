@@ -192,7 +192,8 @@ def _working(sizes: RunSizes, counts: StageParameters, pp_rank: int, recomputed:
     backward = {"recomputed layer": recomputed} if recomputed else {}
     if sizes.fsdp_base or sizes.qlora:  # of the layer that computes, and of the next one while it is gathered
         held = (NF4_BYTES if sizes.qlora else sizes.parameter_bytes) if sizes.fsdp_base else 0
-        backward["whole layers"] = counts.layer_linear * (sizes.parameter_bytes + held)
+        copies = 2 if sizes.device_type == "cpu" else 1  # gloo gathers into memory of its own
+        backward["whole layers"] = counts.layer_linear * (sizes.parameter_bytes + copies * held)
     backward["backward of a layer"] = _layer_backward(sizes, counts)
     head = {"loss head": _loss_head(sizes)} if pp_rank == sizes.pp_size - 1 else {}
     return max(head, backward, key=lambda parts: sum(parts.values()))
