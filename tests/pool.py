@@ -32,6 +32,8 @@ class RankError(AssertionError):
 def _run_cell(function: Callable[..., Any], rank: int, world_size: int, store: str, timeout: float, args: tuple[Any, ...]) -> Any:
     import torch.distributed as dist
 
+    from mindspeed_lora.parallel.context import shutdown
+
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     try:
         dist.init_process_group(
@@ -44,8 +46,7 @@ def _run_cell(function: Callable[..., Any], rank: int, world_size: int, store: s
     finally:
         for name in _VARIABLES:
             os.environ.pop(name, None)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        shutdown()
 
 
 def _worker(connection: Connection) -> None:

@@ -139,7 +139,7 @@ def reference_gradients(workspace: Path, config: Any, by_row: bool, kind: str = 
     from mindspeed_lora.training.run import training_batches
 
     batch = next(iter(training_batches(plan_training(config, 1), single_process_context())))
-    model = AutoModelForCausalLM.from_pretrained(workspace / "model", attn_implementation="eager", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(workspace / "model", attn_implementation="eager").float().eval()
     model.config.output_router_logits = True
     shares, weights = token_shares(batch, 1, kind), row_weights(batch, 1, kind)
     size = batch.micro_batch_size

@@ -16,6 +16,7 @@ they are neighbours on one machine first, and the pairs (tp_rank, ep_rank) are t
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -24,6 +25,8 @@ import torch.distributed as dist
 
 from mindspeed_lora.device import collective_backend, select_device
 from mindspeed_lora.errors import UsageError
+
+_LAST_COLLECTIVE_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -287,6 +290,11 @@ def initialize(
 
 
 def shutdown() -> None:
-    """Leave the process group, if one was joined."""
+    """Leave the process group, if one was joined.
+
+    torch 2.7's gloo joins its threads with Python's lock held. A thread that is just letting go of the last collective's tensors waits
+    for that lock: then neither ever ends. The pause gives it the lock.
+    """
     if dist.is_initialized():
+        time.sleep(_LAST_COLLECTIVE_S)
         dist.destroy_process_group()
