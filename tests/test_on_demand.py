@@ -11,6 +11,7 @@ import torch
 from engine_helpers import SPEC, Engine, batch, build_engine
 from helpers import make_model
 from pool import ProcessPool
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from mindspeed_lora.arguments.configs import RecomputeFlags
 from mindspeed_lora.parallel.context import ParallelContext, build_context, single_process_context
@@ -104,14 +105,23 @@ class Recorder(Plain):
         super().decode(holders, into)
 
 
+@pytest.mark.parametrize("early_stop", [True, False])  # without it a recomputed layer's forward runs to its end
 @pytest.mark.parametrize(("recompute", "per_layer"), [(RecomputeFlags(), 2), (UNIFORM, 2), (PAIRS, 3)])
-def test_each_layer_is_fetched_once_forward_and_once_backward(folder: Path, recompute: RecomputeFlags, per_layer: int) -> None:
+def test_each_layer_is_fetched_once_forward_and_once_backward(
+    folder: Path, recompute: RecomputeFlags, per_layer: int, early_stop: bool
+) -> None:
     """Recomputing a layer alone uses the fetch of its backward pass; of a group, all but the last are fetched once more."""
     codec = Recorder()
     context = single_process_context()
     engine = build_engine(folder, context, SPEC, True, recompute=recompute, make_storage=lambda: BaseStorage(context, codec, False))
+    resident = build_engine(folder, context, SPEC, True, recompute=recompute)
     ids, labels, weights = batch()
-    PipelineRunner(engine.stages, context).forward_backward(ids, labels, weights, 4)
+    with set_checkpoint_early_stop(early_stop):
+        for each in (engine, resident):
+            PipelineRunner(each.stages, context).forward_backward(ids, labels, weights, 4)
+    for (name, parameter), other in zip(engine.stages[0].named_parameters(), resident.stages[0].parameters(), strict=True):
+        assert (parameter.grad is None) == (other.grad is None), name
+        assert parameter.grad is None or torch.equal(parameter.grad, other.grad), name
     layers = len(engine.stages[0].decoder.layers)
     assert len(codec.decoded) == (layers * per_layer if per_layer == 2 else layers * 2 + layers // 2)
 
