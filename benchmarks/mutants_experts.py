@@ -1,8 +1,9 @@
-"""Break routing, experts, their LoRA and latent attention on purpose, and see that a default test notices each.
+"""Break routing, experts, their LoRA, their balancing and the flags about them on purpose, and see that a default test notices each.
 
     python benchmarks/mutants_experts.py docs/mutants_experts.md
 
-As ``mutants_engine.py``; ``mutants_expert_parallel.py`` has the faults of experts dealt out over processes. Takes about half an hour on
+As ``mutants_engine.py``; ``mutants_expert_parallel.py`` has the faults of experts dealt out over processes, ``mutants_latent.py``
+those of latent attention. Takes about half an hour on
 two cores; exit code 1 if one survives. With words behind the page, only the mutants whose names hold one of them run, and nothing is
 written.
 """
@@ -11,19 +12,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutants_weights import Mutant, apply, copy_tree, failing_tests
+from mutants_engine import noticed_by
+from mutants_weights import Mutant
 
 ROUTER, EXPERTS, PERMUTE = "model/router.py", "model/experts.py", "ops/permute.py"
-LORA, LATENT = "lora/experts.py", "model/latent_attention.py"
+LORA, BALANCE, LOSSES, FLAGS = "lora/experts.py", "model/balance.py", "training/balance.py", "checkpoint/resolve_experts.py"
 AREAS = {
     "routing": ["tests/test_experts_parity.py", "tests/test_latent_parity.py", "-k", "logits or router or full"],
     "experts": ["tests/test_experts_permute.py", "tests/test_experts_grouped.py", "tests/test_experts_parity.py"],
     "balance": ["tests/test_balance.py"],
-    "latent attention": ["tests/test_latent_parity.py", "tests/test_latent_inference.py"],
+    "flags": ["tests/test_peer_experts_scripts.py"],
 }
 
 
@@ -117,31 +118,33 @@ MUTANTS = (
         "adapter of another expert",
         "expert i is adapted by A of expert i - 1",
         LORA,
-        "u = products.matmul(wide, a.transpose(1, 2), groups)",
-        "u = products.matmul(wide, a.roll(1, 0).transpose(1, 2), groups)",
+        "u = low_rank.matmul(wide, a.transpose(-2, -1), groups)",
+        "u = low_rank.matmul(wide, a.roll(1, 0).transpose(-2, -1), groups)",
     ),
     Placed(
         "experts",
         "gradient of another expert",
         "dB of expert i goes to expert i + 1",
         LORA,
-        "groups).transpose(1, 2).to(b.dtype)",
-        "groups).roll(1, 0).transpose(1, 2).to(b.dtype)",
+        "groups).transpose(-2, -1).to(b.dtype)",
+        "groups).roll(1, 0).transpose(-2, -1).to(b.dtype)",
     ),
-    Placed("experts", "adapter's scale", "alpha / r is lost", LORA, "b.transpose(1, 2), groups, scale)", "b.transpose(1, 2), groups, 1.0)"),
+    Placed(
+        "experts", "adapter's scale", "alpha / r is lost", LORA, "b.transpose(-2, -1), groups, scale)", "b.transpose(-2, -1), groups, 1.0)"
+    ),
     Placed(
         "experts",
         "adapter's dx",
         "dx lacks g_u A",
         LORA,
-        "grad_x = products.add_matmul(grad_x, grad_u, a, groups).to(x.dtype)",
+        "grad_x = low_rank.add_matmul(grad_x, grad_u, a, groups).to(x.dtype)",
         "grad_x = grad_x.to(x.dtype)",
     ),
     Placed(
         "balance",
         "padding counts",
         "padding's choices take part in the load",
-        "model/balance.py",
+        BALANCE,
         "shares.repeat_interleave(top_k)",
         "torch.ones_like(shares).repeat_interleave(top_k)",
     ),
@@ -149,75 +152,132 @@ MUTANTS = (
         "balance",
         "shares over TP",
         "each TP rank adds the whole loss",
-        "model/balance.py",
+        BALANCE,
         "part = 1.0 if spread else 1.0 / context.tp_size",
         "part = 1.0",
     ),
     Placed(
-        "latent attention",
-        "temperature",
-        "yarn's mscale_all_dim does not scale the softmax",
-        "model/rotary.py",
-        "** 2 if weight else scale",
-        "** 2 if False else scale",
+        "balance",
+        "z's coefficient",
+        "the z loss counts in full",
+        BALANCE,
+        "loss = terms.aux * aux + terms.z * z",
+        "loss = terms.aux * aux + z",
     ),
     Placed(
-        "latent attention",
-        "rotary pairs",
-        "pairs that lie side by side are rotated as halves",
-        LATENT,
-        "if self.shape.interleaved:",
-        "if False:",
+        "balance",
+        "no gradient",
+        "the losses are logged alone",
+        BALANCE,
+        "return grad, grad.new_ones(())",
+        "return grad, grad.new_zeros(())",
     ),
     Placed(
-        "latent attention",
-        "latent's norm",
-        "the key-value latent is not normed",
-        LATENT,
-        "self.q_layernorm(queries), self.kv_layernorm(latents)",
-        "self.q_layernorm(queries), latents",
+        "balance",
+        "sigmoids",
+        "sigmoid scores are not made to sum to 1",
+        BALANCE,
+        "probabilities = scores / scores.sum(-1, keepdim=True)",
+        "probabilities = scores",
     ),
     Placed(
-        "latent attention",
-        "own heads",
-        "each TP rank takes the first heads' queries",
-        LATENT,
-        "slice(self.context.tp_rank * own, (self.context.tp_rank + 1) * own)",
-        "slice(0, own)",
+        "balance", "rows", "the loss of a row takes positions for rows", BALANCE, ".remainder(rows)", ".div(len(shares) // rows).long()"
+    ),
+    Placed("balance", "counted again", "a recomputed layer counts twice", BALANCE, "if layer in self._seen:", "if False:"),
+    Placed(
+        "balance", "own load", "a TP rank's load is that of its part of the tokens", BALANCE, "        if spread:\n", "        if False:\n"
     ),
     Placed(
-        "latent attention",
-        "keys of other heads",
-        "keys and values are swapped in the up-projection",
-        LATENT,
-        "key, value = expanded.split((self.shape.nope_head_dim, self.shape.value_head_dim), dim=-1)",
-        "value, key = expanded.split((self.shape.value_head_dim, self.shape.nope_head_dim), dim=-1)",
+        "balance",
+        "other shares",
+        "each TP rank takes the first tokens' shares",
+        BALANCE,
+        "start = context.tp_rank * whole // context.tp_size if spread else 0",
+        "start = 0",
     ),
     Placed(
-        "latent attention",
-        "cached keys' adapter",
-        "behind a cache, the adapter's part of the keys is lost",
-        LATENT,
-        "return found + (narrow * scale).to(found.dtype) @ a",
-        "return found",
+        "balance",
+        "seq-aux",
+        "--seq-aux is forgotten",
+        LOSSES,
+        "kind == _OF_A_ROW or (flags.by_row and kind in _WITH_SEQ_AUX)",
+        "kind == _OF_A_ROW",
     ),
+    Placed(
+        "balance",
+        "loss scale",
+        "the logged losses hold fp16's factor",
+        LOSSES,
+        'self._gather("losses", 2) / loss_scale',
+        'self._gather("losses", 2)',
+    ),
+    Placed(
+        "balance",
+        "replicas' shares",
+        "shares of micro-batches leave out the other replicas",
+        LOSSES,
+        "(counts.clamp(min=1) * len(counts) * dp_size)",
+        "(counts.clamp(min=1) * len(counts))",
+    ),
+    Placed(
+        "balance",
+        "bias upwards",
+        "a busy expert gets more bias",
+        LOSSES,
+        "(counts.mean(1, keepdim=True) - counts).sign()",
+        "(counts - counts.mean(1, keepdim=True)).sign()",
+    ),
+    Placed(
+        "balance",
+        "own counts",
+        "biases follow one replica's tokens",
+        LOSSES,
+        "for group in (self.context.tp_group, self.context.dp_group):",
+        "for group in (self.context.tp_group,):",
+    ),
+    Placed(
+        "flags",
+        "falsehoods",
+        "a flag's 0 is not compared",
+        FLAGS,
+        "if passed is not None and passed != found:",
+        "if passed and passed != found:",
+    ),
+    Placed(
+        "flags",
+        "top-k",
+        "--moe-router-topk is not compared",
+        FLAGS,
+        '"--moe-router-topk", flags.top_k, routing.top_k',
+        '"--moe-router-topk", None, routing.top_k',
+    ),
+    Placed(
+        "flags", "dense layers", "--first-k-dense-replace is not compared", FLAGS, "layer < (first or 0) or layer not in", "layer not in"
+    ),
+    Placed(
+        "flags",
+        "period of layers",
+        "every period has experts in its last layer",
+        FLAGS,
+        "if layer % step == 0]",
+        "if layer % step == step - 1]",
+    ),
+    Placed(
+        "flags",
+        "pre-softmax",
+        "weights that do not sum to one for the peer are taken",
+        FLAGS,
+        "and routing.normalize and not flags.normalize",
+        "and not routing.normalize",
+    ),
+    Placed("flags", "groups", "groups of experts are not compared", FLAGS, "if flags.groups_matter:", "if False:"),
 )
-
-
-def noticed_by(placed: Placed | None, area: str) -> str | None:
-    """The first test that fails with a mutant, None if none does."""
-    with tempfile.TemporaryDirectory(prefix="mutant-") as name:
-        copy_tree(Path(name))
-        if placed is not None:
-            apply(placed.mutant, Path(name))
-        failed = failing_tests(Path(name), ["-x", *AREAS[area]])
-        return failed[0] if failed else None
 
 
 def page(results: list[tuple[Placed, str | None]]) -> str:
     """The table as Markdown."""
     lines = [
-        "# Mutants of experts and latent attention",
+        "# Mutants of experts",
         "",
         "Written by `python benchmarks/mutants_experts.py docs/mutants_experts.md`: each fault is put into a copy on purpose, and the",
         "default tests of its area run there until one fails.",
@@ -237,12 +297,12 @@ def main() -> int:
     arguments = parser.parse_args()
     chosen = [each for each in MUTANTS if not arguments.names or any(name in each.name for name in arguments.names)]
     for area in dict.fromkeys(each.area for each in chosen):
-        if clean := noticed_by(None, area):
+        if clean := noticed_by(None, ["-x", *AREAS[area]]):
             print(f"{clean} fails without any mutant", file=sys.stderr)
             return 1
     results = []
     for each in chosen:
-        results.append((each, noticed_by(each, each.area)))
+        results.append((each, noticed_by(each.mutant, ["-x", *AREAS[each.area]])))
         print(f"{each.name}: {results[-1][1] or 'SURVIVED'}", flush=True)
     if not arguments.names:
         arguments.page.write_text(page(results), encoding="utf-8")

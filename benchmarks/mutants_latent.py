@@ -57,6 +57,22 @@ MUTANTS = (
         ((LATENT, "return queries, self.kv_layernorm(latents), shared", "return queries, latents, shared"),),
     ),
     Mutant(
+        "norms with q-lora",
+        "the key-value latent of V2 and V3 is not normed",
+        ((LATENT, "self.q_layernorm(queries), self.kv_layernorm(latents)", "self.q_layernorm(queries), latents"),),
+    ),
+    Mutant(
+        "keys and values",
+        "keys and values are swapped in the up projection",
+        (
+            (
+                LATENT,
+                "key, value = expanded.split((self.shape.nope_head_dim, self.shape.value_head_dim), dim=-1)",
+                "value, key = expanded.split((self.shape.value_head_dim, self.shape.nope_head_dim), dim=-1)",
+            ),
+        ),
+    ),
+    Mutant(
         "unrotated key",
         "the cache holds the shared key as it came",
         ((LATENT, "self._rotated(shared.unsqueeze(2), rotary).squeeze(2)", "shared"),),

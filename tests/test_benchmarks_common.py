@@ -1,7 +1,8 @@
-"""The benchmarks' shared parts: sides take turns, a section replaces itself and nothing else."""
+"""The benchmarks' shared parts: sides take turns, a section replaces itself and nothing else, mutants fit the code."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -54,3 +55,12 @@ def test_results_name_machine_and_command(tmp_path: Path) -> None:
 
 def test_a_table_is_aligned_with_its_head() -> None:
     assert common.markdown(("side", "s"), [("ours", 1.23456), ("peer", 2)]) == "| side | s |\n|---|---|\n| ours | 1.235 |\n| peer | 2 |"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("mutants_*.py")))
+def test_every_mutant_still_finds_its_place(name: str) -> None:
+    """A table of mutants is run by hand, hours apart; a change of the code that it misses is seen here."""
+    for each in importlib.import_module(name).MUTANTS:
+        for file, old, new in getattr(each, "mutant", each).changes:
+            text = (ROOT / "mindspeed_lora" / file).read_text(encoding="utf-8")
+            assert text.count(old) == 1 and old != new, f"{name}: {each.name}: {file} holds {old!r} {text.count(old)} times"
