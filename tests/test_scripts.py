@@ -197,6 +197,12 @@ def test_smoke_names_the_families_and_overwrites_nothing(tmp_path: Path) -> None
     assert result.returncode == 2 and "there is there already" in result.stderr
 
 
+def test_smoke_is_of_one_machine(tmp_path: Path, fake_python: Path) -> None:
+    """torchrun would wait for DeepSeek-V3's other seven."""
+    words = words_of("deepseek3", "tune_deepseek3_671b_4K_lora_ptd", tmp_path, fake_python, SMOKE="1")
+    assert "--nnodes 1 " in " ".join(words)
+
+
 ONE_PROCESS = {"SMOKE": "1", "SMOKE_PP": "1", "SMOKE_EP": "1", "NPUS_PER_NODE": "1"}
 
 

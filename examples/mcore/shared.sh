@@ -4,7 +4,7 @@
 #   MODEL          results: ./ckpt/MODEL-lora
 #   MODEL_TYPE_HF  convert_ckpt.py's word for the family
 #   PROMPT_TYPE    template of its chat model
-#   MODEL_ARGS     its sizes, as MindSpeed-LLM's scripts give them
+#   MODEL_ARGS     its sizes, as MindSpeed-LLM's scripts give them; what all families have is added here
 #   LORA_TARGETS   what the adapter adapts, if not attention and MLPs
 #   TP, PP, EP     layout, if not 1, 2, 1; ETP: expert tensor parallel size, if not TP's
 #   FULL_ARGS      what full-parameter training needs beside all that
@@ -37,6 +37,7 @@ LORA_ARGS=(--lora-r 16 --lora-alpha 32 --lora-target-modules ${LORA_TARGETS:-lin
 if [[ -n "${SMOKE:-}" ]]; then # a small model of the family lies where the real one would; its sizes are in its config.json
     MODEL_ARGS=(--use-mcore-models --device cpu)
     NPUS_PER_NODE="${NPUS_PER_NODE:-2}"
+    NNODES=1
     if ((${EP:-1} > 1)); then
         EP=2 PP=1
     else
@@ -49,6 +50,15 @@ if [[ -n "${SMOKE:-}" ]]; then # a small model of the family lies where the real
     ANSWER_ARGS=(--seq-length 128 --max-new-tokens 4)
     SCORE_ARGS=(--seq-length 512 --max-eval-samples 2 --num-fewshot 1)
 else
+    MODEL_ARGS=(
+        --use-mcore-models
+        "${MODEL_ARGS[@]}"
+        --untie-embeddings-and-output-weights
+        --position-embedding-type rope
+        --normalization RMSNorm
+        --swiglu
+        --disable-bias-linear
+    )
     LENGTH_ARGS=(--seq-length 4096 --train-iters 2000 --global-batch-size 32 --save-interval 1000)
     ANSWER_ARGS=(--seq-length 4096 --max-new-tokens 256)
     SCORE_ARGS=(--seq-length 4096)

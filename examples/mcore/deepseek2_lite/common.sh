@@ -9,7 +9,6 @@ EP="${EP:-8}" PP="${PP:-1}"
 
 # The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
 MODEL_ARGS=(
-    --use-mcore-models
     --num-layers 27
     --hidden-size 2048
     --ffn-hidden-size 10944
@@ -29,11 +28,6 @@ MODEL_ARGS=(
     --moe-intermediate-size 1408
     --n-shared-experts 2
     --first-k-dense-replace 1
-    --untie-embeddings-and-output-weights
-    --position-embedding-type rope
-    --normalization RMSNorm
-    --swiglu
-    --disable-bias-linear
 )
 
 FULL_ARGS=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1)

@@ -10,7 +10,6 @@ TP="${TP:-8}" EP="${EP:-64}" ETP="${ETP:-1}" PP="${PP:-1}" NNODES="${NNODES:-8}"
 
 # The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
 MODEL_ARGS=(
-    --use-mcore-models
     --num-layers 61
     --hidden-size 7168
     --ffn-hidden-size 18432
@@ -37,11 +36,6 @@ MODEL_ARGS=(
     --moe-router-score-function sigmoid
     --moe-router-enable-expert-bias
     --norm-topk-prob
-    --untie-embeddings-and-output-weights
-    --position-embedding-type rope
-    --normalization RMSNorm
-    --swiglu
-    --disable-bias-linear
 )
 
 source "$(dirname "${BASH_SOURCE[0]}")/../shared.sh"

@@ -7,7 +7,6 @@ PROMPT_TYPE=mistral
 
 # The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
 MODEL_ARGS=(
-    --use-mcore-models
     --num-layers 32
     --hidden-size 4096
     --ffn-hidden-size 14336
@@ -18,11 +17,6 @@ MODEL_ARGS=(
     --max-position-embeddings 32768
     --rotary-base 1000000
     --norm-epsilon 1e-5
-    --untie-embeddings-and-output-weights
-    --position-embedding-type rope
-    --normalization RMSNorm
-    --swiglu
-    --disable-bias-linear
 )
 
 source "$(dirname "${BASH_SOURCE[0]}")/../shared.sh"

@@ -8,7 +8,6 @@ EP="${EP:-8}" PP="${PP:-1}"
 
 # The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
 MODEL_ARGS=(
-    --use-mcore-models
     --num-layers 32
     --hidden-size 4096
     --ffn-hidden-size 14336
@@ -22,11 +21,6 @@ MODEL_ARGS=(
     --moe-grouped-gemm
     --num-experts 8
     --moe-router-topk 2
-    --untie-embeddings-and-output-weights
-    --position-embedding-type rope
-    --normalization RMSNorm
-    --swiglu
-    --disable-bias-linear
 )
 
 FULL_ARGS=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1)

@@ -8,7 +8,6 @@ TP="${TP:-2}" EP="${EP:-8}" ETP="${ETP:-1}" PP="${PP:-1}"
 
 # The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
 MODEL_ARGS=(
-    --use-mcore-models
     --num-layers 28
     --hidden-size 3584
     --ffn-hidden-size 18944
@@ -26,11 +25,6 @@ MODEL_ARGS=(
     --moe-intermediate-size 2560
     --n-shared-experts 8
     --shared-expert-gate
-    --untie-embeddings-and-output-weights
-    --position-embedding-type rope
-    --normalization RMSNorm
-    --swiglu
-    --disable-bias-linear
 )
 
 FULL_ARGS=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1)

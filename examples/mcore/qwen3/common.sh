@@ -7,7 +7,6 @@ PROMPT_TYPE=qwen3
 
 # The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
 MODEL_ARGS=(
-    --use-mcore-models
     --spec mindspeed_llm.tasks.models.spec.qwen3_spec layer_spec
     --num-layers 36
     --hidden-size 4096
@@ -21,11 +20,6 @@ MODEL_ARGS=(
     --max-position-embeddings 40960
     --rotary-base 1000000
     --norm-epsilon 1e-6
-    --untie-embeddings-and-output-weights
-    --position-embedding-type rope
-    --normalization RMSNorm
-    --swiglu
-    --disable-bias-linear
 )
 
 source "$(dirname "${BASH_SOURCE[0]}")/../shared.sh"

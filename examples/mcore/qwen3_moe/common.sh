@@ -8,7 +8,6 @@ EP="${EP:-8}" PP="${PP:-1}"
 
 # The same values lie in config.json, which is where they are taken from; a flag that disagrees is an error.
 MODEL_ARGS=(
-    --use-mcore-models
     --spec mindspeed_llm.tasks.models.spec.qwen3_spec layer_spec
     --num-layers 48
     --hidden-size 2048
@@ -27,11 +26,6 @@ MODEL_ARGS=(
     --moe-router-topk 8
     --moe-intermediate-size 768
     --norm-topk-prob
-    --untie-embeddings-and-output-weights
-    --position-embedding-type rope
-    --normalization RMSNorm
-    --swiglu
-    --disable-bias-linear
 )
 
 FULL_ARGS=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1)
