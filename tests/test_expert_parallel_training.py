@@ -74,8 +74,7 @@ def check_cell(pool: ProcessPool, workspace: Path, expected: Outcome, cell: Cell
     for outcome in outcomes:
         assert outcome.losses == pytest.approx(expected.losses, rel=LOSS)
         assert outcome.norms == pytest.approx(expected.norms, rel=10 * LOSS)
-    room = 1 if cell.mode.startswith("lora") else 2  # all weights of this model: 1.04e-5 seen, where dense models stay under 1e-5
-    for field, tolerance in (("gradients", room * GRADIENT), ("changes", CHANGE)):
+    for field, tolerance in (("gradients", GRADIENT), ("changes", CHANGE)):
         assert relative(assemble(outcomes, table, field), assemble([expected], table, field)) <= tolerance, field
 
 

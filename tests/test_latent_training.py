@@ -88,8 +88,7 @@ def test_twenty_steps_equal_one_process(
     for outcome in outcomes:
         assert outcome.losses == pytest.approx(expected.losses, rel=LOSS)
         assert outcome.norms == pytest.approx(expected.norms, rel=10 * LOSS)
-    room = 1 if mode.startswith("lora") else 5  # all weights: 3e-5 seen with pipeline and data parallelism alone, of sums in another order
-    for field, tolerance in (("gradients", room * GRADIENT), ("changes", CHANGE)):
+    for field, tolerance in (("gradients", GRADIENT), ("changes", CHANGE)):
         assert relative(assemble(outcomes, table, field), assemble([expected], table, field)) <= tolerance, field
 
 

@@ -107,6 +107,7 @@ def test_a_value_that_is_not_the_models_is_named(name: str, changes: dict[str, A
         ("mixtral/generate_mixtral_8x7b_ptd", "--moe-shared-expert-intermediate-size 8", "--moe-shared-expert-intermediate-size 8"),
         ("mixtral/generate_mixtral_8x7b_ptd", "--moe-layer-freq 2", r"--moe-layer-freq 2: dense layers \(1, 3"),
         ("mixtral/generate_mixtral_8x7b_ptd", "--moe-layer-freq ([0]*1+[1]*31)", r"dense layers \(0,\)"),
+        ("deepseek2_lite/generate_deepseek2_lite_16b_ptd", "--first-k-dense-replace 0", r"dense layers \(\) contradicts .*\(0,\)"),
         ("mixtral/generate_mixtral_8x7b_ptd", "--moe-layer-freq [0]*", "ones and zeros by layer"),
         ("mixtral/generate_mixtral_8x7b_ptd", "--moe-router-dtype fp64", "--moe-router-dtype fp64: .*always in fp32"),
         ("mixtral/generate_mixtral_8x7b_ptd", "--moe-input-jitter-eps 0.01", "--moe-input-jitter-eps 0.01: noise"),
