@@ -10,11 +10,13 @@ failed=0
 run() { echo "== $*"; timeout 200 python "$@" || { echo "FAILED: $*"; failed=1; }; }
 if [ "${1:-}" = --dry-run ]; then
   run benchmarks/memory_estimate.py --dry-run
+  run benchmarks/memory_estimate.py --experts --dry-run
   run benchmarks/experts_grouped.py --dry-run
   run benchmarks/train_step_gpu.py --dry-run
   run benchmarks/train_step_gpu.py --dry-run --recompute full
   run benchmarks/train_step_scaling.py --dry-run
   run benchmarks/lora_layer.py --dry-run
+  run benchmarks/decode_bandwidth.py --dry-run
   exit $failed
 fi
 run benchmarks/train_step_gpu.py
@@ -26,4 +28,5 @@ run benchmarks/train_step_scaling.py --device cuda --rounds 3
 run benchmarks/lora_layer.py --device cuda
 run benchmarks/experts_grouped.py --device cuda
 run benchmarks/memory_estimate.py --experts --device cuda
+run benchmarks/decode_bandwidth.py --output benchmarks/results/decode_bandwidth.json
 exit $failed
