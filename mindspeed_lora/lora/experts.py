@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mindspeed_lora.lora.functions import Scale, scaled
 from mindspeed_lora.lora.layers import ParallelLoraLinear
 from mindspeed_lora.ops.grouped import Products, RowGroups
 
@@ -42,7 +43,7 @@ class GroupedLora(torch.autograd.Function):
         weight: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
-        scale: float,
+        scale: Scale,
         groups: RowGroups,
         products: Products,
     ) -> torch.Tensor:
@@ -50,7 +51,8 @@ class GroupedLora(torch.autograd.Function):
         wide, low_rank = products.widen(x, groups), _OneForAll() if a.dim() == 2 else products
         u = low_rank.matmul(wide, a.transpose(-2, -1), groups)
         y = products.matmul(wide, weight.transpose(1, 2), groups)
-        low_rank.add_matmul(y, u, b.transpose(-2, -1), groups, scale)
+        adapted, factor = (u, scale) if isinstance(scale, float) else (scaled(u, scale), 1.0)
+        low_rank.add_matmul(y, adapted, b.transpose(-2, -1), groups, factor)
         ctx.save_for_backward(x, weight, a, b, u)
         ctx.scale, ctx.groups, ctx.products, ctx.low_rank = scale, groups, products, low_rank
         return y.to(x.dtype)
@@ -61,7 +63,7 @@ class GroupedLora(torch.autograd.Function):
         x, weight, a, b, u = ctx.saved_tensors
         groups, products, low_rank = ctx.groups, ctx.products, ctx.low_rank
         wide, grad_x = products.widen(dy.contiguous(), groups), None
-        grad_b = low_rank.outer(u * ctx.scale, wide, groups).transpose(-2, -1).to(b.dtype)
+        grad_b = low_rank.outer(scaled(u, ctx.scale), wide, groups).transpose(-2, -1).to(b.dtype)
         grad_u = low_rank.matmul(wide, b, groups).mul_(ctx.scale)
         if ctx.needs_input_grad[0]:
             grad_x = products.matmul(wide, weight, groups)

@@ -53,16 +53,15 @@ def inject_lora(
         for name, module in stage.named_modules()
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear, GroupedLinear))
     ]
-    if any(".local_experts." in name for name in spec.modules):
-        raise UsageError(
-            "the adapter has ranks or matrices of its own for each expert; it can be merged (convert_ckpt.py --lora-load), "
-            "not yet trained or run beside its base"
-        )
     present = {name.rpartition(".")[2] for name in linears} - {"output_layer"}
     unmatched = [target for target in spec.targets if target not in present]
     if unmatched:
         raise UsageError(f"--lora-target-modules {' '.join(unmatched)} matches no module of the model; it has {', '.join(sorted(present))}")
-    adapted = {name: module for name in linears if name.rpartition(".")[2] in spec.targets and (module := spec.module(name)) is not None}
+    adapted = {
+        name: module
+        for name in linears
+        if name.rpartition(".")[2] in spec.targets and (module := _module_of(spec, name, table)) is not None
+    }
     stage.requires_grad_(False)
     if adapted:
         _inject(stage, spec, adapted, adapter_name)
@@ -79,6 +78,24 @@ def inject_lora(
     if seed is not None:
         initialize_lora(stage, table, context, seed)
     return len(adapted)
+
+
+def _module_of(spec: LoraSpec, name: str, table: WeightTable) -> ModuleLora | None:
+    """Ranks of a linear; of stacked experts, which lie in one tensor, what all of them have.
+
+    Raises:
+        UsageError: they differ.
+    """
+    experts = table.config.experts
+    if experts is None or unstacked_name(name, 0) == name:
+        return spec.module(name)
+    found = {spec.module(unstacked_name(name, expert)) for expert in range(experts.count)}
+    if len(found) > 1:
+        raise UsageError(
+            f"the adapter's experts in {name} differ in their r or alpha, or only some are adapted; it can be merged "
+            "(convert_ckpt.py --lora-load), not trained or run beside its base"
+        )
+    return found.pop()
 
 
 def _inject(stage: nn.Module, spec: LoraSpec, adapted: Mapping[str, ModuleLora], adapter_name: str) -> None:

@@ -2,6 +2,12 @@
 
 A fused Megatron module (q, k, v; gate, up) of an adapter trained elsewhere usually has parts with different A. They are held exactly,
 see :mod:`mindspeed_lora.weights.lora_blocks`.
+
+Over transformers 5, peft adapts a layer's experts as two parameters (``target_parameters``), the pairs of all E experts side by side::
+
+    ...mlp.experts.base_layer.lora_A [E r, h]    lora_B [2 f, r E]    gate_up_proj (where both are adapted; one alone has down_proj's name)
+    ...mlp.experts.lora_A            [E r, f]    lora_B [h, r E]      down_proj
+    expert e: A rows e r .. (e + 1) r;  B columns e, e + E, e + 2 E, ..
 """
 
 from __future__ import annotations
@@ -26,17 +32,45 @@ from mindspeed_lora.weights.table import Row, WeightTable, split_hf_layer
 
 _TENSOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])\.(?:default\.)?weight$")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_STACKED = re.compile(r"^(.+\.experts)(\.base_layer)?$")
+_PARAMETERS = {"gate_up_proj": "linear_fc1", "down_proj": "linear_fc2"}
+
+
+@dataclass(frozen=True)
+class _OfExpert:
+    """One expert's A, or ``rows`` of its B, in the matrix of all ``count`` experts."""
+
+    stored: StoredTensor
+    expert: int
+    count: int
+    rows: slice | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of :meth:`read`'s result."""
+        height, width = self.stored.shape
+        return (height // self.count, width) if self.rows is None else (self.rows.stop - self.rows.start, width // self.count)
+
+    def read(self) -> torch.Tensor:
+        """A view of the file."""
+        whole = self.stored.read()
+        if self.rows is None:
+            return whole.unflatten(0, (self.count, -1))[self.expert]
+        return whole.unflatten(1, (-1, self.count))[self.rows, :, self.expert]
+
+
+_Half = StoredTensor | _OfExpert
 
 
 @dataclass(frozen=True)
 class _Module:
-    """The pair of one HF linear; None: that half is missing in the file."""
+    """The pair of one HF linear, or of the experts' parameter; None: that half is missing in the file."""
 
     name: str  # model.layers.0.self_attn.q_proj
     layer: int | None
     target: str  # Megatron's module
-    a: StoredTensor | None
-    b: StoredTensor | None
+    a: _Half | None
+    b: _Half | None
     r: int
     alpha: float
 
@@ -71,9 +105,11 @@ class PeftAdapter(Adapter):
         self.manifest = read_manifest(path)
         self.values = _read_adapter_config(path / "adapter_config.json")
         self.found_r = int(self.values["r"])
+        self._stacks: dict[tuple[int | None, str], _Module] = {}  # (layer, target) -> the parameter of all experts
         self._modules = self._read_modules(read_safetensors_header(path / "adapter_model.safetensors"))
-        self.found_targets = ordered_targets({module.target for module in self._modules.values()})
-        self.num_layers = 1 + max((module.layer for module in self._modules.values() if module.layer is not None), default=-1)
+        found = (*self._modules.values(), *self._stacks.values())
+        self.found_targets = ordered_targets({module.target for module in found})
+        self.num_layers = 1 + max((module.layer for module in found if module.layer is not None), default=-1)
         self.lora: LoraSpec = LoraSpec(self.found_r, self._alpha, self.found_targets, bool(self.values.get("use_rslora")))
         base_path = self.values.get("base_model_name_or_path")
         self.base_reference = base_reference_of(self.manifest) or ({"path": str(base_path), "fingerprint": None} if base_path else None)
@@ -93,14 +129,58 @@ class PeftAdapter(Adapter):
             raise CheckpointError(f"{self.path}: adapter_model.safetensors holds no tensors")
         modules = {}
         ranks, alphas = self.values.get("rank_pattern") or {}, self.values.get("alpha_pattern") or {}
-        for name, pair in halves.items():
-            target, layer = _target_of(name, self.path)
+        for written, pair in halves.items():
+            stack = _STACKED.match(written)
+            name = written if stack is None else f"{stack[1]}.{self._parameter(written, f'{stack[1]}.base_layer' in halves)}"
+            target, layer = (
+                _target_of(name, self.path)
+                if stack is None
+                else (_PARAMETERS[name.rpartition(".")[2]], split_hf_layer(name + ".weight")[1])
+            )
             r, alpha = int(_at(ranks, name, self.found_r)), float(_at(alphas, name, self._alpha))
-            modules[name] = _Module(name, layer, target, pair.get("A"), pair.get("B"), r, alpha)
+            module = _Module(name, layer, target, pair.get("A"), pair.get("B"), r, alpha)
+            if stack is None:
+                modules[name] = module
+            else:
+                self._stacks[layer, target] = module
         return modules
 
+    def _parameter(self, written: str, two: bool) -> str:
+        """Which parameter of the experts a pair belongs to: of two, peft wraps gate_up_proj first."""
+        if two:
+            return "gate_up_proj" if written.endswith(".base_layer") else "down_proj"
+        named = [name for name in _PARAMETERS if any(str(each).endswith(name) for each in self.values.get("target_parameters") or ())]
+        if len(named) != 1:
+            raise CheckpointError(
+                f"{self.path}: {written} is one parameter of the experts, and target_parameters of adapter_config.json names "
+                f"{' and '.join(named) or 'neither gate_up_proj nor down_proj'}; it must name the one"
+            )
+        return named[0]
+
     def _parts(self, row: Row, layer: int | None) -> list[_Module | None]:
-        return [self._modules.get(name.removesuffix(".weight")) for name in row.hf_names(layer)]
+        stack = None if row.expert is None else self._stacks.get((layer, row.module or ""))
+        if stack is None:
+            return [self._modules.get(name.removesuffix(".weight")) for name in row.hf_names(layer)]
+        return self._of_expert(stack, row)
+
+    def _of_expert(self, stack: _Module, row: Row) -> list[_Module | None]:
+        """The pairs of one expert's HF linears (gate and up with one A) in the parameter's matrices."""
+        a, b, modules, start = stack.a, stack.b, [], 0
+        assert row.expert is not None
+        if not isinstance(a, StoredTensor) or not isinstance(b, StoredTensor):
+            raise CheckpointError(f"{self.path}: {stack.name} has only one of lora_A and lora_B")
+        count, inside = a.shape[0] // stack.r, (sum(shape[0] for shape in row.part_shapes), row.part_shapes[0][1])
+        if (b.shape[0], a.shape[1]) != inside or a.shape[0] != count * stack.r or b.shape[1] != a.shape[0] or row.expert >= count:
+            raise CheckpointError(
+                f"{self.path}: {stack.name} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, which do not hold r {stack.r} of "
+                f"each expert of {list(inside)} in the base model"
+            )
+        for shape in row.part_shapes:
+            rows = slice(start, start + shape[0])
+            own = _OfExpert(a, row.expert, count), _OfExpert(b, row.expert, count, rows)
+            modules.append(_Module(stack.name, stack.layer, stack.target, *own, stack.r, stack.alpha))
+            start = rows.stop
+        return list(modules)
 
     def _module_lora(self, row: Row, layer: int | None) -> ModuleLora | None:
         """One entry where all parts have one A, r and alpha, else one for each part; None: no part is adapted."""
@@ -123,7 +203,7 @@ class PeftAdapter(Adapter):
             return self.lora
         return replace(self.lora, modules={name: module for name, module in found.items() if module is not None})
 
-    def _stored(self, module: _Module, half: str, shape: tuple[int, int]) -> StoredTensor:
+    def _stored(self, module: _Module, half: str, shape: tuple[int, int]) -> _Half:
         stored = module.a if half == "A" else module.b
         if stored is None:
             raise CheckpointError(f"{self.path}: {module.name}.lora_{half}.weight is missing beside its other half")
@@ -134,7 +214,7 @@ class PeftAdapter(Adapter):
             )
         return stored
 
-    def _stored_pairs(self, row: Row, layer: int | None) -> list[tuple[StoredTensor, StoredTensor] | None]:
+    def _stored_pairs(self, row: Row, layer: int | None) -> list[tuple[_Half, _Half] | None]:
         return [
             None if module is None else (self._stored(module, "A", (module.r, shape[1])), self._stored(module, "B", (shape[0], module.r)))
             for module, shape in zip(self._parts(row, layer), row.part_shapes, strict=True)
@@ -155,12 +235,19 @@ class PeftAdapter(Adapter):
         """See the base class; what ``target_modules`` names must be there in every layer that ``layers_to_transform`` names."""
         entries = [(row, layer) for row, layer in table.entries() if row.module is not None]
         known = {name.removesuffix(".weight") for row, layer in entries for name in row.hf_names(layer)}
-        unknown = sorted(set(self._modules) - known)
+        with_experts = {(layer, row.module) for row, layer in entries if row.expert is not None}
+        unknown = sorted(set(self._modules) - known) + [stack.name for key, stack in self._stacks.items() if key not in with_experts]
         if unknown:
             raise CheckpointError(f"{self.path}: {len(unknown)} adapted modules fit nothing in the base model: {', '.join(unknown[:5])}")
         for row, layer in table.target_entries(self.found_targets):
             self._stored_pairs(row, layer)
-        missing = sorted(name for name in known - set(self._modules) if self._is_target(name))
+        stacked = {
+            name.removesuffix(".weight")
+            for row, layer in entries
+            if row.expert is not None and (layer, row.module) in self._stacks
+            for name in row.hf_names(layer)
+        }
+        missing = sorted(name for name in known - set(self._modules) - stacked if self._is_target(name))
         if missing:
             raise CheckpointError(
                 f"{self.path}: {len(missing)} modules that target_modules names have no adapter tensors: {', '.join(missing[:5])}"
