@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 import torch
+
+_Constant = TypeVar("_Constant")
 
 
 @dataclass
@@ -18,36 +21,34 @@ class KVCache:
 
     length: int = 0
     _stores: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    _constants: dict[int, torch.Tensor] = field(default_factory=dict)
+    _constants: dict[Hashable, object] = field(default_factory=dict)
 
-    @staticmethod
-    def _room(store: torch.Tensor | None, new: torch.Tensor, used: int) -> torch.Tensor:
-        needed = used + new.shape[2]
-        if store is not None and store.shape[2] >= needed:
-            return store
-        grown = new.new_empty((new.shape[0], new.shape[1], max(needed, 2 * used), new.shape[3]))
-        if store is not None:
-            grown[:, :, :used] = store[:, :, :used]
+    def _grow(self, layer: int, new: Sequence[torch.Tensor], end: int) -> list[torch.Tensor]:
+        """Room for ``end`` positions of ``layer``, what it holds copied."""
+        grown = [tensor.new_empty((*tensor.shape[:2], max(end, 2 * self.length), tensor.shape[3])) for tensor in new]
+        for store, before in zip(grown, self._stores.get(layer, ()), strict=False):  # nothing before: the first step
+            store[:, :, : self.length] = before[:, :, : self.length]
+        self._stores[layer] = grown
         return grown
 
-    def append(self, layer: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def append(self, layer: int, *new: torch.Tensor) -> list[torch.Tensor]:
         """Add ``[b, g/t, s, d]`` behind each of what ``layer`` holds and return all of it; :meth:`advance` ends the step."""
-        before: Sequence[torch.Tensor | None] = self._stores.get(layer) or [None] * len(new)
-        stores = self._stores[layer] = [self._room(store, tensor, self.length) for store, tensor in zip(before, new, strict=True)]
-        end = self.length + new[0].shape[2]
+        length, start, stores = new[0].shape[2], self.length, self._stores.get(layer)
+        if stores is None or stores[0].shape[2] < start + length:
+            stores = self._grow(layer, new, start + length)
         for store, tensor in zip(stores, new, strict=True):
-            store[:, :, self.length : end] = tensor
-        return tuple(store[:, :, :end] for store in stores)
+            store.narrow(2, start, length).copy_(tensor)
+        return [store.narrow(2, 0, start + length) for store in stores]
 
     def held(self, layer: int) -> tuple[torch.Tensor, ...]:
         """What ``layer`` holds, each ``[b, g/t, length, d]``."""
         return tuple(store[:, :, : self.length] for store in self._stores[layer])
 
-    def constant(self, layer: int, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What ``layer`` needs in each step and is the same in all of them, made in the first."""
-        if layer not in self._constants:
-            self._constants[layer] = make()
-        return self._constants[layer]
+    def constant(self, key: Hashable, make: Callable[[], _Constant]) -> _Constant:
+        """What each step needs and is the same in all of them, made in the first."""
+        if key not in self._constants:
+            self._constants[key] = make()
+        return cast(_Constant, self._constants[key])
 
     def advance(self, num_tokens: int) -> None:
         """Count the step's tokens, once every layer has appended them."""
@@ -81,9 +82,9 @@ class SharedPrefix:
         before = (held.expand(len(new[0]), -1, -1, -1) for held in self._cache.held(layer))
         return tuple(torch.cat(pair, dim=2) for pair in zip(before, new, strict=True))
 
-    def constant(self, layer: int, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def constant(self, key: Hashable, make: Callable[[], _Constant]) -> _Constant:
         """See :meth:`KVCache.constant`."""
-        return self._cache.constant(layer, make)
+        return self._cache.constant(key, make)
 
     def advance(self, num_tokens: int) -> None:
         """The batch's own tokens are not kept."""

@@ -67,16 +67,18 @@ class SelfAttention(nn.Module):
         assert decode.cache is not None
         batch = qkv.shape[1]
         heads = qkv.contiguous().view(batch, self.groups, self.heads_per_group + 2, self.kv_channels)
-        turned, value = heads.split((self.heads_per_group + 1, 1), dim=2)
+        turned, value = heads.narrow(2, 0, self.heads_per_group + 1), heads.narrow(2, self.heads_per_group + 1, 1)
         if self.qk_layernorm:
-            turned = ops.rms_norm(turned, decode.cache.constant(self.layer, self._query_key_weight), self.q_layernorm.epsilon)
+            turned = ops.rms_norm(
+                turned, decode.cache.constant((SelfAttention, self.layer), self.query_key_weight), self.q_layernorm.epsilon
+            )
         turned = ops.rotate(turned.reshape(1, batch, -1, self.kv_channels), *rotary).view_as(turned)
-        query, key = turned.split((self.heads_per_group, 1), dim=2)
-        mask = self._decode_mask(decode, 1, decode.cache.length, qkv.device)
+        query, key = turned.narrow(2, 0, self.heads_per_group), turned.narrow(2, self.heads_per_group, 1)
+        mask = self.decode_mask(decode, 1, decode.cache.length, qkv.device)
         key, value = decode.cache.append(self.layer, key, value)
         return ops.attention(query, key, value, mask, is_causal=False).reshape(1, batch, -1)
 
-    def _query_key_weight(self) -> torch.Tensor:
+    def query_key_weight(self) -> torch.Tensor:
         """``[n/g + 1, d]``: the norm's weight of each query head of a group and of its key."""
         return torch.cat((self.q_layernorm.weight.expand(self.heads_per_group, -1), self.k_layernorm.weight[None]))
 
@@ -99,9 +101,9 @@ class SelfAttention(nn.Module):
         seen, length = 0 if decode.cache is None else decode.cache.length, query.shape[2]
         if decode.cache is not None:
             key, value = decode.cache.append(self.layer, key, value)
-        return ops.attention(query, key, value, self._decode_mask(decode, length, seen, query.device), is_causal=seen == 0)
+        return ops.attention(query, key, value, self.decode_mask(decode, length, seen, query.device), is_causal=seen == 0)
 
-    def _decode_mask(self, decode: DecodeState, length: int, seen: int, device: torch.device) -> torch.Tensor | None:
+    def decode_mask(self, decode: DecodeState, length: int, seen: int, device: torch.device) -> torch.Tensor | None:
         """bool ``[b or 1, 1, s, seen + s]`` or ``[s, seen + s]``: the batch's padding and the layer's window; None: neither."""
         own = self._own_mask(length, seen, device)
         if decode.mask is None or own is None:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mindspeed_lora import ops
 from mindspeed_lora.arguments.configs import RecomputeFlags
 from mindspeed_lora.errors import UsageError
+from mindspeed_lora.model import one_row
 from mindspeed_lora.model.balance import Balancer, MicroBatch
 from mindspeed_lora.model.decode import Attend, DecodeState, PackedDocuments
 from mindspeed_lora.model.experts import MixtureOfExperts
@@ -63,6 +64,7 @@ class Decoder(nn.Module):
             raise UsageError(
                 "--fsdp-base does not cut experts over data parallelism; use --expert-model-parallel-size, or --qlora without --fsdp-base"
             )
+        self.context, self.storage = context, storage
         core = recompute.granularity == "selective"
         self.layers = nn.ModuleDict()
         for number in layers:
@@ -76,6 +78,8 @@ class Decoder(nn.Module):
     def forward(self, hidden: torch.Tensor, rotary: RotaryTables, attend: Attend, balance: MicroBatch | None = None) -> torch.Tensor:
         """``[s, b, h]`` (SP: ``[s/t, b, h]``) -> the same, before the final norm."""
         layers = list(self.layers.values())
+        if self.storage is None and isinstance(attend, DecodeState) and one_row.applies(hidden, attend):
+            return one_row.run(layers, hidden, rotary, attend, self.context)
 
         def run(start: int, end: int, hidden: torch.Tensor) -> torch.Tensor:
             for layer in layers[start:end]:
