@@ -131,12 +131,12 @@ class PeftAdapter(Adapter):
         ranks, alphas = self.values.get("rank_pattern") or {}, self.values.get("alpha_pattern") or {}
         for written, pair in halves.items():
             stack = _STACKED.match(written)
-            name = written if stack is None else f"{stack[1]}.{self._parameter(written, f'{stack[1]}.base_layer' in halves)}"
-            target, layer = (
-                _target_of(name, self.path)
-                if stack is None
-                else (_PARAMETERS[name.rpartition(".")[2]], split_hf_layer(name + ".weight")[1])
-            )
+            if stack is None:
+                name, (target, layer) = written, _target_of(written, self.path)
+            else:
+                parameter = self._parameter(written, f"{stack[1]}.base_layer" in halves)
+                name, target = f"{stack[1]}.{parameter}", _PARAMETERS[parameter]
+                layer = split_hf_layer(name)[1]
             r, alpha = int(_at(ranks, name, self.found_r)), float(_at(alphas, name, self._alpha))
             module = _Module(name, layer, target, pair.get("A"), pair.get("B"), r, alpha)
             if stack is None:
