@@ -77,6 +77,24 @@ def test_cpu_attention_in_16_bit_is_attention_in_fp32(length: int) -> None:
     )
 
 
+@pytest.mark.parametrize("takes_groups", [False, True])
+def test_attention_on_a_cpu_never_makes_the_scores(takes_groups: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouped queries too, where torch's flash attention wants a key for each (2.7): nothing of ``[b, n, s, s]`` is kept."""
+    if not takes_groups:
+        monkeypatch.setattr(cpu, "_flash_takes_groups", lambda: False)
+    draw, length = _draw(9), 128
+    query, key, value = (draw(1, heads, length, 8).float().requires_grad_() for heads in (4, 2, 2))
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        got = ops.attention(query, key, value)
+    got.square().sum().backward()
+    assert max(tensor.numel() for tensor in kept) <= 4 * length * 8
+    wide = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+    eager.attention(*wide).square().sum().backward()
+    for one, other in zip((query, key, value), wide, strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_products_round_once_and_write_where_they_are_told(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Widened on a CPU without 16-bit matrix units, in several blocks of the weight's rows; as they are where it has them."""

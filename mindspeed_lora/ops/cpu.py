@@ -5,6 +5,7 @@ The CPU's flash attention takes twice as long backward in bf16 as in fp32 (measu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,10 +50,22 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     return (fused if torch.is_grad_enabled() else few_rows).rms_norm(x, weight, epsilon)
 
 
-def _widened(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if query.dtype.itemsize != 2 or query.shape[2] < _FEW_QUERIES:
+@functools.cache
+def _flash_takes_groups() -> bool:
+    """Whether torch's flash attention takes fewer keys than queries; torch 2.7 falls back to scores of ``[b, n, s, s]``."""
+    query, key = torch.zeros(1, 2, 16, 8), torch.zeros(1, 1, 16, 8)
+    return torch._fused_sdp_choice(query, key, key, is_causal=True, enable_gqa=True) != 0
+
+
+def _prepared(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """In fp32, and in groups that flash attention takes; as they are where there are few queries."""
+    if query.shape[2] < _FEW_QUERIES:
         return query, key, value
-    return query.float(), key.float(), value.float()
+    if query.dtype.itemsize == 2:
+        query, key, value = query.float(), key.float(), value.float()
+    if key.shape[1] != query.shape[1] and not _flash_takes_groups():
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    return query, key, value
 
 
 def attention(
@@ -64,7 +77,7 @@ def attention(
     scale: float | None = None,
 ) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.attention`."""
-    return eager.attention(*_widened(query, key, value), mask, is_causal, scale).to(query.dtype)
+    return eager.attention(*_prepared(query, key, value), mask, is_causal, scale).to(query.dtype)
 
 
 def document_attention(
@@ -76,4 +89,4 @@ def document_attention(
     scale: float | None = None,
 ) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.document_attention`."""
-    return eager.document_attention(*_widened(query, key, value), ends, window, scale).to(query.dtype)
+    return eager.document_attention(*_prepared(query, key, value), ends, window, scale).to(query.dtype)
