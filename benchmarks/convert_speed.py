@@ -92,9 +92,9 @@ def make_model(folder: Path, shape: dict[str, int]) -> Path:
             return [Block(shape, torch.bfloat16, partial(self.make, f"{row.name(layer)} {ranges}", shape)) for shape in shapes]
 
         @staticmethod
-        def make(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        def make(name: str, shape: tuple[int, ...]) -> list[torch.Tensor]:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+            return [torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)]
 
     write_hugging_face(folder, Random(), WeightTable(model_config_from_hf(folder)))  # type: ignore[arg-type]
     return folder

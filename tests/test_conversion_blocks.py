@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from conversion_helpers import TARGETS, assert_same_tensors, random_lora, run_convert, write_megatron_adapter
 from helpers import tiny_qwen3
 
-from mindspeed_lora.conversion import stream
+from mindspeed_lora.conversion import merge, stream
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.files import crc32_joined, crc32_of
 from mindspeed_lora.manifest import read_manifest
@@ -41,6 +42,7 @@ def test_blocks_write_what_one_piece_writes(tied: bool, tmp_path: Path, monkeypa
     for block in (1 << 25, 7 * 64 * 4):  # 7 rows of fp32
         monkeypatch.setattr(stream, "BLOCK_BYTES", block)
         monkeypatch.setattr(stream, "WINDOW_BYTES", block)
+        monkeypatch.setattr(stream, "PIECE_BYTES", block * 3 // 7)
         monkeypatch.setattr(megatron_folder, "_REOPEN_AFTER_BYTES", block)
         place = tmp_path / str(block)
         run_convert("hf", "mg", hf, place / "mg", **sizes)
@@ -67,6 +69,7 @@ def test_blocks_merge_as_one_piece_does(tmp_path: Path, monkeypatch: pytest.Monk
     for block in (1 << 22, 7 * 64 * 2):  # 7 rows of bf16
         monkeypatch.setattr(stream, "BLOCK_BYTES", block)
         monkeypatch.setattr(stream, "WINDOW_BYTES", block)
+        monkeypatch.setattr(merge, "_CACHED_BYTES", block)  # of fp32: pieces of 3 rows
         for kind, source in (("hf", hf), ("mg", tmp_path / "mg")):
             run_convert(kind, "hf", source, tmp_path / f"{kind}{block}", lora_load=adapter)
             found.append(checksums(tmp_path / f"{kind}{block}"))
@@ -81,7 +84,7 @@ def torch_files_model(path: Path) -> dict[str, Any]:
 
 
 def rows_of(tensor: torch.Tensor) -> Block:
-    return Block(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    return Block(tuple(tensor.shape), tensor.dtype, lambda: [tensor])
 
 
 def test_blocks_of_another_total_are_refused(tmp_path: Path) -> None:
@@ -123,14 +126,15 @@ def test_blocks_lie_where_they_belong_and_what_lies_between_counts(tmp_path: Pat
 
 
 def test_an_error_in_a_thread_reaches_the_caller_and_no_thread_stays(tmp_path: Path) -> None:
-    def broken() -> torch.Tensor:
+    def broken() -> Iterator[torch.Tensor]:
+        yield torch.zeros(1, dtype=torch.uint8)
         raise CheckpointError("NaN")
 
     with BlockWriter(tmp_path / "file") as out:
         out.write(0, Block((1,), torch.uint8, broken))
         with pytest.raises(CheckpointError, match="NaN"):
             out.settle()
-        out.write(0, Block((2,), torch.uint8, lambda: torch.zeros(1, dtype=torch.uint8)))
+        out.write(0, Block((2,), torch.uint8, lambda: [torch.zeros(1, dtype=torch.uint8)]))
         with pytest.raises(ValueError, match=r"uint8 \[2\] came as 1 bytes"):
             out.settle()
     with BlockWriter(tmp_path / "file") as out:

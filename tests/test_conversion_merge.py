@@ -15,6 +15,7 @@ from helpers import tiny_llama, tiny_qwen3
 from safetensors.torch import load_file, save_file
 
 from mindspeed_lora.arguments.configs import LoraFlags
+from mindspeed_lora.conversion import merge
 from mindspeed_lora.conversion.merge import Change
 from mindspeed_lora.errors import CheckpointError, MindSpeedLoraError, UsageError
 from mindspeed_lora.manifest import read_manifest
@@ -95,14 +96,18 @@ def test_the_report_says_what_the_cast_rounded_away(tmp_path: Path, caplog: pyte
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [2.0, 0.25, 1.0, 3.0, 16 / 8**0.5, -0.7])
-def test_the_sum_is_fp32_arithmetic_cast_once_at_any_scale(scale: float, dtype: torch.dtype) -> None:
+def test_the_sum_is_fp32_arithmetic_cast_once_at_any_scale(scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(2)
     weight, matrix_a, matrix_b = (torch.randn(shape, generator=generator) for shape in ((48, 33), (4, 33), (48, 4)))
-    result, delta, lost = Change.of(matrix_a, matrix_b, scale).added_to(lambda start, stop: weight[start:stop].to(dtype), 0, 48, dtype)
+    of = Change.of(matrix_a, matrix_b, scale)
+    monkeypatch.setattr(merge, "_CACHED_BYTES", 20 * 33 * 4)  # pieces of 20, 20 and 8 rows
+    pieces = [(piece.clone(), taken) for piece, taken in of.added_to(weight.to(dtype), 0, dtype)]
+    result, lost = torch.cat([piece for piece, _ in pieces]), sum(taken for _, taken in pieces)
+    assert len(pieces) == 3 and next(of.added_to(weight[20:40].to(dtype), 20, dtype))[0].equal(result[20:40])
     change = matrix_b @ matrix_a * scale
     total = weight.to(dtype).float() + change
     assert torch.equal(result, total.to(dtype))
-    assert delta == pytest.approx(float(change.square().sum()), rel=1e-4)
+    assert of.squared_norm(0, 48) == pytest.approx(float(change.square().sum()), rel=1e-4)
     assert lost == pytest.approx(float((total - total.to(dtype).float()).square().sum()), rel=1e-4)
 
 

@@ -70,7 +70,7 @@ def test_each_rank_s_expert_shards_compute_the_expert_with_that_number(tp_size: 
 
     def read(writer: _RankWriter, row: Row, layer: int | None) -> torch.Tensor:
         blocks = list(writer._blocks(row, layer))
-        return torch.cat([block.make().flatten() for block in blocks if block.make]).view(writer._spec(row, layer).shape)
+        return torch.cat([piece.flatten() for block in blocks if block.make for piece in block.make()]).view(writer._spec(row, layer).shape)
 
     x = torch.randn(5, 8)
 

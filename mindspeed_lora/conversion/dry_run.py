@@ -90,12 +90,12 @@ def peak_memory(stream: WeightStream, table: WeightTable, layout: Layout) -> int
     """About how many bytes the conversion will hold at most: what the process holds now, and what passes through it.
 
     Tensors pass in blocks: pages of the source up to a window's size (a Megatron source keeps as many of its own), and blocks on their way.
-    Only a tensor that groups experts is put together whole, by each thread one, twice while its experts are laid side by side.
+    Only a tensor that groups experts is put together whole, by each thread one.
     """
     grouped = 0
     if layout.grouped_gemm and table.config.experts is not None:
         per_rank = table.config.experts.count // expert_blocks(layout)
-        grouped = 2 * THREADS * per_rank * max(_row_bytes(stream, row, layer) for row, layer in table.entries() if row.expert is not None)
+        grouped = THREADS * per_rank * max(_row_bytes(stream, row, layer) for row, layer in table.entries() if row.expert is not None)
     window = min(WINDOW_BYTES, sum(_row_bytes(stream, row, layer) for row, layer in table.entries()))
     return resident_bytes() + window + 2 * THREADS * BLOCK_BYTES + grouped + _mapped_bytes(stream.base, stream.adapter)
 

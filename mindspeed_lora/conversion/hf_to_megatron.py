@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,13 +91,24 @@ class _RankWriter:
             cut = self._cut(row)
             yield from self.stream.blocks(row, layer, self.table.shard_ranges(row, *cut), self.table.shard_columns(row, *cut))
 
-    def _group(self, row: GroupRow, layer: int | None, shape: tuple[int, ...]) -> Callable[[], torch.Tensor] | None:
+    def _group(self, row: GroupRow, layer: int | None, shape: tuple[int, ...]) -> Callable[[], Iterator[torch.Tensor]] | None:
         """What makes a grouped tensor of its experts."""
         members = [list(self._blocks(member, layer)) for member in row.members]
         makers = [[block.make for block in member if block.make is not None] for member in members]
         if not all(makers):
             return None
-        return lambda: torch.stack([torch.cat([make() for make in member]).T for member in makers]).view(shape)
+
+        def made() -> Iterator[torch.Tensor]:
+            rows, columns = sum(block.shape[0] for block in members[0]), members[0][0].shape[1]
+            experts = torch.empty(len(members), columns, rows, dtype=members[0][0].dtype)
+            for expert, member in zip(experts, makers, strict=True):
+                first = 0
+                for piece in itertools.chain.from_iterable(make() for make in member):
+                    expert[:, first : first + len(piece)] = piece.T
+                    first += len(piece)
+            yield experts.view(shape)
+
+        return made
 
     def _vocabulary_blocks(self, row: Row) -> Iterator[Block]:
         """This rank's rows of an embedding or head; copies of the last row pad the vocabulary."""
@@ -128,8 +140,8 @@ class _RankWriter:
         return save_streamed(path, build, read)
 
 
-def _repeated(make: Callable[[], torch.Tensor], count: int) -> torch.Tensor:
-    return make().expand(count, -1)
+def _repeated(make: Callable[[], Iterable[torch.Tensor]], count: int) -> list[torch.Tensor]:
+    return [row.expand(count, -1) for row in make()]
 
 
 def _fused_dtype(dtypes: list[torch.dtype]) -> torch.dtype:

@@ -8,14 +8,14 @@ share = |merged - (W + delta)| / |delta| in fp32 (Frobenius norms over all tenso
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from mindspeed_lora.weights.table import Row
 
-_CACHED_BYTES = 1 << 19  # of each of the two fp32 buffers of a merge: both fit a core's second-level cache
+_CACHED_BYTES = 1 << 20  # of each of the two fp32 buffers of a merge: about a core's second-level cache
 
 
 @dataclass
@@ -60,36 +60,34 @@ class Change:
         matrix_a, matrix_b = matrix_a.float(), matrix_b.float()
         return cls(matrix_a, matrix_b, scale, (matrix_a @ matrix_a.T).double())
 
-    def added_to(
-        self, rows_of_base: Callable[[int, int], torch.Tensor], first: int, last: int, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, float, float]:
-        """Rows [first, last) of W changed and cast once to ``dtype``; squared norms of the change and of what the cast took.
+    def added_to(self, base: torch.Tensor, first: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, float]]:
+        """Yield the rows of W that ``base`` holds, from row ``first`` on, changed and cast once to ``dtype``, and what the cast took.
 
-        The last is infinite or NaN where the result, or the sum before the cast, is.
+        They come in pieces that share their memory. What the cast took is a squared norm; it is infinite or NaN where the result, or the
+        sum before the cast, is.
         """
-        rows, width = last - first, self.matrix_a.shape[1]
-        result = torch.empty(rows, width, dtype=dtype)
-        step = max(_CACHED_BYTES // (4 * width), 1)
-        total, other = torch.empty(2, min(step, rows), width).unbind()
-        flat = total.view(-1)
+        rows, width = base.shape
+        step = min(max(_CACHED_BYTES // (4 * width), 1), rows)
+        total, other = torch.empty(2, step, width).unbind()
+        result, flat = torch.empty(step, width, dtype=dtype), total.view(-1)
         power_of_two = abs(math.frexp(self.scale)[0]) == 0.5  # then scaling rounds nothing, and may be one step with the sum
-        lost = []
         # Few calls, and nothing cut inside the loop: each call gives Python's lock away, waits for it again, and another thread is at it.
-        wholes = (self.matrix_b[first:last], rows_of_base(first, last), result)
-        for part, base, out in zip(*(whole.split(step) for whole in wholes), strict=True):
-            if len(out) < len(total):
-                total, other = total[: len(out)], other[: len(out)]
+        for part, stored in zip(self.matrix_b[first : first + rows].split(step), base.split(step), strict=True):
+            if len(part) < len(total):
+                total, other, result = (buffer[: len(part)] for buffer in (total, other, result))
                 flat = total.view(-1)
             torch.mm(part, self.matrix_a, out=total)
-            other.copy_(base)
+            other.copy_(stored)
             if power_of_two:
                 torch.add(other, total, alpha=self.scale, out=total)
             else:
                 total.mul_(self.scale).add_(other)
-            out.copy_(total)
-            other.copy_(out)
+            result.copy_(total)
+            other.copy_(result)
             total.sub_(other)
-            lost.append(torch.dot(flat, flat))
+            yield result, float(torch.dot(flat, flat))
+
+    def squared_norm(self, first: int, last: int) -> float:
+        """|scale B A|^2 of rows [first, last)."""
         matrix_b = self.matrix_b[first:last]
-        delta = float(((matrix_b.T @ matrix_b).double() * self.gram).sum())
-        return result, max(self.scale * self.scale * delta, 0.0), float(torch.stack(lost).double().sum())
+        return self.scale * self.scale * max(float(((matrix_b.T @ matrix_b).double() * self.gram).sum()), 0.0)

@@ -1,6 +1,7 @@
 """The tensors that a conversion writes, a few megabytes at a time: neither a model's size nor a tensor's decides how much memory it takes.
 
-A block is rows of one HF part, read from where it lies, merged and cast, and looked through for NaN, all while it is in the cache.
+A block is rows of one HF part; piece by piece they are read from where they lie, merged and cast, and looked through for NaN, all while
+they are in the cache.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mindspeed_lora.weights.sources import Adapter, Base
 from mindspeed_lora.weights.table import Row, rows_of
 
 BLOCK_BYTES = 1 << 22
+PIECE_BYTES = 1 << 20  # of the source: half a core's second-level cache
 WINDOW_BYTES = 1 << 26  # read before the files are mapped anew: pages that were read count as memory while their mapping lives
 Rows = tuple[int, int, int]
 """(HF part, first row, behind the last row)."""
@@ -68,16 +70,22 @@ class WeightStream:
         place: tuple[int, int, int | None],
         change: Change | None,
         dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """One block as it is to be written; several threads may be here. ``place``: first row, behind the last, first column."""
+    ) -> Iterator[torch.Tensor]:
+        """One block's pieces as they are to be written; several threads are here. ``place``: first row, behind the last, first column."""
+        first, last, _ = place
         if change is None:
-            block, lost = stored(*place[:2]).to(dtype).contiguous(), math.inf
-        else:
-            block, delta, lost = change.added_to(stored, *place[:2], dtype)
-            self.report.add((name, *place), row, delta, lost)
-        if not math.isfinite(lost):  # a finite difference from what is finite: nothing to look for
-            self._check_finite(name, block)
-        return block
+            for rows in _pieces(stored(first, last)):
+                piece = rows.to(dtype).contiguous()
+                self._check_finite(name, piece)
+                yield piece
+            return
+        lost = 0.0
+        for piece, taken in change.added_to(stored(first, last), first, dtype):
+            if not math.isfinite(taken):  # else: a finite difference from what is finite, nothing to look for
+                self._check_finite(name, piece)
+            lost += taken
+            yield piece
+        self.report.add((name, *place), row, change.squared_norm(first, last), lost)
 
     def _changes(self, row: Row, layer: int | None, columns: slice) -> list[Change | None]:
         """What the adapter adds to each HF part; None: nothing."""
@@ -92,6 +100,10 @@ class WeightStream:
         if not (math.isfinite(smallest) and math.isfinite(largest)):
             cause = ", or does after the merge or the cast" if self.adapter is not None or self.dtype is not None else ""
             raise CheckpointError(f"{self.base.path}: tensor {name} holds NaN or infinity{cause}; nothing is written")
+
+
+def _pieces(block: torch.Tensor) -> Sequence[torch.Tensor]:
+    return block.split(max(PIECE_BYTES // block[0].nbytes, 1))
 
 
 def _row_blocks(pieces: Sequence[torch.Tensor], axis: int | None, first: int, last: int) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,8 @@
-"""Writing a file block by block, by two threads: each takes a block, reads and computes it, takes its CRC32 and writes it."""
+"""Writing a file block by block, by two threads. Each takes a block and, piece by piece, reads, computes, checksums and writes it.
+
+A block is large, as threads meet once per block. A piece is small: it is still in the core's cache when it is written, where copying
+it into the file costs an eighth of what copying from memory does (1.5 GB: 0.15 s and 1.16 s).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import os
 import zlib
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,12 +31,13 @@ _READ_BYTES = 1 << 22
 class Block:
     """Some rows of a tensor, or all of it: shape and dtype are known, ``make`` is called by the thread that writes it.
 
+    What it gives are the pieces one below the other; each is used before the next is asked for, so that they may share memory.
     ``make`` None: there is no data (a dry run), its place stays empty.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], torch.Tensor] | None
+    make: Callable[[], Iterable[torch.Tensor]] | None
 
     @property
     def num_bytes(self) -> int:
@@ -80,12 +85,15 @@ class BlockWriter:
     def _write(self, offset: int, block: Block) -> _Written:
         if block.make is None:
             return _Written(offset, block.num_bytes, 0)
-        content = tensor_bytes(block.make())
-        if len(content) != block.num_bytes:
-            raise ValueError(f"a block of {block.dtype} {list(block.shape)} came as {len(content)} bytes")
-        crc = zlib.crc32(content)
-        write_at(self.descriptor, offset, content)
-        return _Written(offset, len(content), crc)
+        crc, length = 0, 0
+        for piece in block.make():
+            content = tensor_bytes(piece)
+            crc = zlib.crc32(content, crc)
+            write_at(self.descriptor, offset + length, content)
+            length += len(content)
+        if length != block.num_bytes:
+            raise ValueError(f"a block of {block.dtype} {list(block.shape)} came as {length} bytes")
+        return _Written(offset, length, crc)
 
     def checksum(self, start: int, stop: int) -> int:
         """CRC32 of a range of the settled file; only what lies between its blocks is read."""
