@@ -22,7 +22,7 @@ from mindspeed_lora.weights.sources import Adapter, Base
 from mindspeed_lora.weights.table import Row, rows_of
 
 BLOCK_BYTES = 1 << 22
-PIECE_BYTES = 1 << 20  # of the source: half a core's second-level cache
+PIECE_BYTES = 1 << 20  # of the source: they stay in a core's second-level cache
 WINDOW_BYTES = 1 << 26  # read before the files are mapped anew: pages that were read count as memory while their mapping lives
 Rows = tuple[int, int, int]
 """(HF part, first row, behind the last row)."""
