@@ -19,7 +19,13 @@ from mindspeed_lora.parallel.grouped import GroupedLinear, choose_products
 from mindspeed_lora.parallel.pipeline import PipelineRunner
 
 EXPERTS, IN, OUT, RANK, SCALE = 4, 24, 16, 8, 2.0
-LENGTHS = {"usual": (7, 0, 60, 3), "one takes all": (0, 0, 80, 0), "few rows": (1, 0, 2, 0), "none": (0, 0, 0, 0)}
+LENGTHS = {
+    "usual": (7, 0, 60, 3),
+    "one takes all": (0, 0, 80, 0),
+    "few rows": (1, 0, 2, 0),
+    "a token's": (0, 1, 0, 0, 0, 0, 2, 0, 0),
+    "none": (0, 0, 0, 0),
+}
 CPU = torch.device("cpu")
 KINDS = [
     Sequential(),
@@ -30,7 +36,8 @@ KINDS = [
 def _tensors(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """x, dy and one matrix per expert, float64."""
     generator, rows = torch.Generator().manual_seed(0), sum(lengths)
-    shapes = {"x": (rows, IN), "dy": (rows, OUT), "w": (EXPERTS, OUT, IN), "a": (EXPERTS, RANK, IN), "b": (EXPERTS, OUT, RANK)}
+    count = len(lengths)
+    shapes = {"x": (rows, IN), "dy": (rows, OUT), "w": (count, OUT, IN), "a": (count, RANK, IN), "b": (count, OUT, RANK)}
     return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
 
 
