@@ -19,7 +19,8 @@ from pool import ProcessPool
 from mindspeed_lora.arguments.configs import EvaluationConfig
 
 Items = dict[tuple[str, int], list[float]]
-CHOICES = ("mmlu", "ceval", "cmmlu", "hellaswag")
+CHOICES = ("mmlu", "ceval", "cmmlu", "hellaswag", "boolq", "agieval")
+LONG, ROUNDINGS = 800.0, 8 * 2.0**-23  # see test_evaluation_items.py
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +70,12 @@ def errors(found: Items, exact: Items) -> tuple[float, float, float]:
 def test_in_fp32_ours_is_as_near_to_float64_as_transformers(
     pool: ProcessPool, tmp_path: Path, data: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """stories260k with a wild adapter, on texts unlike any it has seen: sums in the hundreds and thousands."""
+    """stories260k with a wild adapter, on texts unlike any it has seen: sums to 3,800 (agieval)."""
     folder = tmp_path / "merged"
     peft_adapter(shared_data() / "stories260k" / "hf", tmp_path / "adapter").save_pretrained(folder)
     config = config_for(folder, data, tmp_path / "scores", tasks=CHOICES, num_fewshot=None, max_eval_samples=2, evaluation_batch_size=1)
     exact, _ = reference_items(config, transformers_model(folder, torch.float64))
+    exact = {item: values for item, values in exact.items() if not isinstance(values[0], str)}  # agieval also generates
     theirs, _ = reference_items(config, transformers_model(folder, torch.float32))
     ours = our_items(pool, config)
     largest = max(abs(value) for values in exact.values() for value in values)
@@ -81,7 +83,11 @@ def test_in_fp32_ours_is_as_near_to_float64_as_transformers(
     text = f"largest value {largest:.0f}; from float64: ours {of_ours}, transformers {of_theirs}; between them {between}"
     record_property("fp32", text)
     print(text)
-    assert of_ours[0] <= 1e-4 and of_ours[1] <= 1.5 * of_theirs[1] and of_ours[2] <= 1.2 * of_theirs[2]
+    assert of_ours[1] <= 1.5 * of_theirs[1] and of_ours[2] <= 1.2 * of_theirs[2]
+    for item, values in exact.items():
+        for value, found in zip(values, ours[item], strict=True):
+            assert abs(found - value) <= (1e-4 if abs(value) < LONG else ROUNDINGS * abs(value)), (item, value, found)
+    assert largest > LONG, "agieval's answers are long"
 
 
 @pytest.mark.slow
