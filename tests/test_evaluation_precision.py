@@ -20,7 +20,7 @@ from mindspeed_lora.arguments.configs import EvaluationConfig
 
 Items = dict[tuple[str, int], list[float]]
 CHOICES = ("mmlu", "ceval", "cmmlu", "hellaswag", "boolq", "agieval")
-LONG, ROUNDINGS = 800.0, 8 * 2.0**-23  # see test_evaluation_items.py
+LONG, ROUNDINGS = 400.0, 8 * 2.0**-23  # from float64; seen: 6; why: test_evaluation_items.py
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,11 @@ def our_items(pool: ProcessPool, config: EvaluationConfig) -> Items:
     return written_items(config.output_path)
 
 
+def without_texts(items: Items) -> Items:
+    """Log-likelihoods only: agieval also generates."""
+    return {item: values for item, values in items.items() if not isinstance(values[0], str)}
+
+
 def errors(found: Items, exact: Items) -> tuple[float, float, float]:
     """Largest absolute difference, largest relative one, and the root of the mean square of the relative ones."""
     pairs = [(a, b) for item in exact for a, b in zip(found[item], exact[item], strict=True)]
@@ -75,8 +80,8 @@ def test_in_fp32_ours_is_as_near_to_float64_as_transformers(
     peft_adapter(shared_data() / "stories260k" / "hf", tmp_path / "adapter").save_pretrained(folder)
     config = config_for(folder, data, tmp_path / "scores", tasks=CHOICES, num_fewshot=None, max_eval_samples=2, evaluation_batch_size=1)
     exact, _ = reference_items(config, transformers_model(folder, torch.float64))
-    exact = {item: values for item, values in exact.items() if not isinstance(values[0], str)}  # agieval also generates
     theirs, _ = reference_items(config, transformers_model(folder, torch.float32))
+    exact, theirs = (without_texts(items) for items in (exact, theirs))
     ours = our_items(pool, config)
     largest = max(abs(value) for values in exact.values() for value in values)
     of_ours, of_theirs, between = errors(ours, exact), errors(theirs, exact), errors(ours, theirs)
