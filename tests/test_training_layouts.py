@@ -16,7 +16,7 @@ from training_helpers import make_workspace
 from mindspeed_lora.weights.families import model_config_from_hf
 from mindspeed_lora.weights.table import WeightTable
 
-LOSS, GRADIENT, CHANGE = 1e-5, 1e-5, 1e-4
+LOSS = GRADIENT = CHANGE = 1e-5
 CELLS = all_cells()
 COVER = pairwise(CELLS)
 TIED_HEAD = "output_layer.weight[0]"

@@ -169,7 +169,9 @@ def export_state(flags: OptimizerFlags) -> dict[str, Any]:
     rig = Rig(build_context(torch.device("cpu")), flags)
     for step in range(2):
         rig.step(step)
-    return {kind: {item.name: value.clone() for item, value in rig.adam.export(kind)} for kind in STATE_NAMES}
+    room = rig.adam.make_room()
+    rig.adam.gather(room)
+    return {kind: {item.name: value.clone() for item, value in rig.adam.export(kind, room)} for kind in STATE_NAMES}
 
 
 def restore_state(flags: OptimizerFlags, state: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pool import ProcessPool, RankError
+from pool import ProcessPool
 from training_helpers import change, losses, make_config, make_workspace, metrics, run_training, saved_parameters
 
 from mindspeed_lora.arguments.configs import TrainConfig
+from mindspeed_lora.checkpoint.save import save_checkpoint
 from mindspeed_lora.checkpoint.start import verify_folder
 from mindspeed_lora.conversion.inspect import describe
 from mindspeed_lora.errors import CheckpointError, MindSpeedLoraError, UsageError
@@ -191,32 +193,63 @@ def test_an_adapter_whose_base_moved_is_refused(workspace: Path, stopped: Path, 
         run_training(make_config(workspace, load__load=save))
 
 
-def fail_on_one_rank(config: TrainConfig) -> None:
-    """The third save step fails on rank 1."""
+def fail_on_rank_1(config: TrainConfig, where: str) -> str:
+    """What this rank's run ended with when ``where`` (a method of its optimizer, or its disk) fails on rank 1."""
+    import resource
+
     import torch.distributed as dist
 
-    from mindspeed_lora.checkpoint import save as module
+    from mindspeed_lora.training import run
+    from mindspeed_lora.training.optimizer import FlatAdamW
 
-    original = module.write_rank_file
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def broken(*args: Any, **keywords: Any) -> Path:
+    def full_disk(*args: Any) -> Path:
         if dist.get_rank() == 1:
-            raise OSError("no space left on device")
-        return original(*args, **keywords)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        return save_checkpoint(*args)
 
-    module.write_rank_file = broken  # type: ignore[assignment]
-    try:
-        run_training(config)
-    finally:
-        module.write_rank_file = original
+    def no_memory(*args: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise RuntimeError("out of memory")
+        return getattr(original, where)(*args)
+
+    original = type("Original", (), dict(vars(FlatAdamW)))
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "disk":
+            patch.setattr(run, "save_checkpoint", full_disk)
+        else:
+            patch.setattr(FlatAdamW, where, no_memory)
+        try:
+            run_training(config)
+        except (MindSpeedLoraError, RuntimeError) as error:
+            return str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return ""
 
 
-def test_a_failed_save_leaves_the_previous_one(pool: ProcessPool, workspace: Path, stopped: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("where", "changes", "message"),
+    [
+        ("disk", layout(2), "saving the model failed: rank 1: .*"),
+        ("disk", {}, "saving the training state failed: rank 1: .*"),  # rank 1 writes its random state only
+        ("make_room", {}, "making room for the optimizer's state failed: rank 1: out of memory"),
+        ("export", {}, "collecting the optimizer's state failed: rank 1: out of memory"),
+        ("gather", {}, "out of memory|.*onnection closed by peer.*"),  # between collectives: the others see that it has left
+    ],
+    ids=["model", "state", "room", "views", "gather"],
+)
+def test_where_one_rank_fails_to_save_all_stop_and_the_previous_save_stays(
+    pool: ProcessPool, workspace: Path, stopped: Path, tmp_path: Path, where: str, changes: dict[str, Any], message: str
+) -> None:
     save = Path(shutil.copytree(stopped, tmp_path / "save"))
-    config = make_config(workspace, load__lora_load=save, save__save=save, train_iters=STEPS, **layout(2))
-    with pytest.raises(RankError, match=r"rank 1: no space left on device"):
-        pool.run(fail_on_one_rank, 2, config)
+    config = make_config(workspace, load__lora_load=save, save__save=save, train_iters=STOP + 1, **changes)
+    config = change(config, optimizer__use_distributed_optimizer=True)
+    for text in pool.run(fail_on_rank_1, 2, config, where, timeout=60.0):  # also of the collectives
+        assert re.fullmatch(message, text, re.DOTALL), text
     assert (save / "latest_checkpointed_iteration.txt").read_text() == str(STOP)
     assert sorted(path.name for path in save.glob("*iter_*")) == [f"iter_{STOP:07d}"]
-    pool.run(run_training, 2, config)
-    assert [record["iteration"] for record in metrics(save)] == list(range(1, STEPS + 1))
+    if where == "disk":
+        pool.run(run_training, 2, config)
+        assert [record["iteration"] for record in metrics(save)] == list(range(1, STOP + 2))

@@ -16,7 +16,6 @@ from pool import ProcessPool
 from training_helpers import TARGETS, change, losses, make_config, make_workspace, metrics, run_training, write_data, write_tokenizer
 
 from mindspeed_lora.arguments.configs import LoraFlags, TrainConfig
-from mindspeed_lora.checkpoint.together import together
 from mindspeed_lora.errors import MindSpeedLoraError, UsageError
 from mindspeed_lora.parallel.context import build_context, single_process_context
 from mindspeed_lora.training.flat import TrainedParameter
@@ -242,7 +241,7 @@ def replicas(differ: bool) -> str:
     weight = torch.nn.Parameter(torch.full((2,), 1.0 + differ * (context.rank == 1)))
     try:
         named = [TrainedParameter("decoder.final_layernorm.weight", weight)]
-        together(context, lambda: check_replicas(named, context), "comparing")
+        check_replicas(named, context)
     except MindSpeedLoraError as error:
         return str(error)
     return ""

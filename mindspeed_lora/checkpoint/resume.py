@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from mindspeed_lora.checkpoint.resume_reader import INDEX_FILE, IndexedReader, read_index
+from mindspeed_lora.checkpoint.together import together
 from mindspeed_lora.device import rng_state, set_rng_state
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.files import write_json
@@ -69,8 +70,16 @@ class OptimizerState(Protocol):
         """The trained parameters."""
         ...
 
-    def export(self, kind: str) -> Iterator[tuple[StateItem, torch.Tensor]]:
-        """Each parameter's shard of one state, whole over dp."""
+    def make_room(self) -> Any:
+        """Memory for :meth:`gather`; what may fail, apart from the collectives."""
+        ...
+
+    def gather(self, room: Any) -> None:
+        """Make the states whole over dp; nothing but collectives."""
+        ...
+
+    def export(self, kind: str, room: Any) -> Iterator[tuple[StateItem, torch.Tensor]]:
+        """Each parameter's shard of one state, whole over dp, after :meth:`gather`."""
         ...
 
     def restore(self, kind: str, fetch: Callable[[StateItem], torch.Tensor]) -> None:
@@ -155,24 +164,38 @@ def _mesh_of(groups: list[dist.ProcessGroup]) -> DeviceMesh | None:
 def write_resume(
     folder: Path, state: TrainerState, optimizer: OptimizerState | None, table: WeightTable, context: ParallelContext, save_rng: bool
 ) -> None:
-    """Write the state into ``folder`` (which exists). Collective over all ranks; ``optimizer`` None leaves its tensors out."""
-    tensors: dict[str, torch.Tensor] = {}
-    if optimizer is not None:
-        exchange = _Exchange(table, context)
-        for kind in optimizer.kinds:
-            for item, shard in optimizer.export(kind):
-                if item.cut or context.cut(is_stack(item.name, shard))[0] == 0:
-                    tensors[f"{kind}.{item.name}"] = exchange.stored_form(item.name, shard.contiguous())
-    if save_rng:
-        tensors |= {f"rng.{kind}.{context.rank}": value for kind, value in rng_state(context.device).items()}
+    """Write the state into ``folder`` (which exists). Collective over all ranks; ``optimizer`` None leaves its tensors out.
+
+    Raises:
+        CheckpointError: a rank failed; every rank raises.
+    """
+    tensors = {} if optimizer is None else _optimizer_tensors(optimizer, table, context)
+    with together(context, "saving the counters and the random state"):
+        if save_rng:
+            tensors |= {f"rng.{kind}.{context.rank}": value for kind, value in rng_state(context.device).items()}
+        if context.rank == 0:
+            write_json(folder / STATE_FILE, {**asdict(state), "world_size": context.world_size})
     if optimizer is not None or save_rng:
         try:
-            with _quiet():
+            with _quiet():  # its ranks agree among themselves
                 dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=context.world_size == 1)
         except CheckpointException as error:
-            raise CheckpointError(f"{folder}: {_causes(error)}") from error
-    if context.rank == 0:
-        write_json(folder / STATE_FILE, {**asdict(state), "world_size": context.world_size})
+            raise CheckpointError(f"saving the training state failed: {_causes(error)}") from error
+
+
+def _optimizer_tensors(optimizer: OptimizerState, table: WeightTable, context: ParallelContext) -> dict[str, torch.Tensor]:
+    """By name, what this rank stores. Collective; see :func:`write_resume`."""
+    with together(context, "making room for the optimizer's state"):
+        room = optimizer.make_room()
+    optimizer.gather(room)
+    tensors: dict[str, torch.Tensor] = {}
+    with together(context, "collecting the optimizer's state"):
+        exchange = _Exchange(table, context)
+        for kind in optimizer.kinds:
+            for item, shard in optimizer.export(kind, room):
+                if item.cut or context.cut(is_stack(item.name, shard))[0] == 0:
+                    tensors[f"{kind}.{item.name}"] = exchange.stored_form(item.name, shard.contiguous())
+    return tensors
 
 
 def _causes(error: CheckpointException) -> str:

@@ -27,7 +27,7 @@ from mindspeed_lora.checkpoint.adapter_files import SavedStage, rank_models, wri
 from mindspeed_lora.checkpoint.companions import copy_companions
 from mindspeed_lora.checkpoint.resume import RESUME_FOLDER, OptimizerState, TrainerState, write_resume
 from mindspeed_lora.checkpoint.retention import remove_old, write_best
-from mindspeed_lora.checkpoint.together import together
+from mindspeed_lora.checkpoint.together import gather_from_all, together
 from mindspeed_lora.files import fsync_path
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.manifest import Manifest, Part, part_of, write_manifest
@@ -78,22 +78,18 @@ def save_checkpoint(
     name = iteration_directory_name(state.iteration)
     staging = target.folder / f".{name}.tmp"
     try:
-        together(context, lambda: _prepare(staging, name) if context.rank == 0 else None, f"making {staging}")
-        parts = together(context, lambda: _write_model(target, staging / name, context, stages, state), "saving the model")
-        saved = optimizer if target.save_optim else None
-        together(
-            context,
-            lambda: write_resume(staging / name / RESUME_FOLDER, state, saved, table, context, target.save_rng),
-            "saving the training state",
-        )
-        resumed = together(context, lambda: _own_parts(staging / name / RESUME_FOLDER, context), "describing the training state")
-        known = [part for part in parts if part is not None]
-        state_parts = sorted((part for own in resumed for part in own), key=lambda part: part.file)
-        together(
-            context,
-            lambda: _finish(target, staging, state, table, known, state_parts) if context.rank == 0 else None,
-            "completing the checkpoint",
-        )
+        with together(context, f"making {staging}"):
+            if context.rank == 0:
+                _prepare(staging, name)
+        with together(context, "saving the model"):
+            own = _write_model(target, staging / name, context, stages, state)
+        write_resume(staging / name / RESUME_FOLDER, state, optimizer if target.save_optim else None, table, context, target.save_rng)
+        with together(context, "describing the training state"):
+            own_state = _own_parts(staging / name / RESUME_FOLDER, context)
+        parts, state_parts = (sum(gather_from_all(one, context), []) for one in (own, own_state))
+        with together(context, "completing the checkpoint"):
+            if context.rank == 0:
+                _finish(target, staging, state, table, parts, state_parts)
     except BaseException:
         if context.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
@@ -109,10 +105,10 @@ def _prepare(staging: Path, name: str) -> None:
 
 def _write_model(
     target: SaveTarget, folder: Path, context: ParallelContext, stages: Sequence[SavedStage], state: TrainerState
-) -> Part | None:
+) -> list[Part]:
     """The first ranks with each part of the model and of its experts write; the others hold the same values."""
     if not context.has_first_copy:
-        return None
+        return []
     args = megatron_args(target.config, target.layout, target.dtype, target.lora, state.iteration)
     args.consumed_train_samples = state.consumed_samples
     args.skipped_train_samples = state.skipped_samples
@@ -121,7 +117,7 @@ def _write_model(
     ep_size = target.layout.expert_parallel_size  # of EP x TP ranks with --moe-tp-extend-ep, whose folders name both
     experts = (context.experts.ep_rank * ep_size // context.experts.ep_size, ep_size)
     path = write_rank_file(folder, *place, models, args, state.iteration, expert=experts)
-    return part_of(folder, path)
+    return [part_of(folder, path)]
 
 
 def _own_parts(folder: Path, context: ParallelContext) -> list[Part]:
@@ -137,6 +133,7 @@ def _finish(target: SaveTarget, staging: Path, state: TrainerState, table: Weigh
     if target.lora is not None:
         write_peft_folder(folder / PEFT_FOLDER, folder, table, target.lora, Path(target.base["path"]))
         parts = parts + [part_of(folder, path) for path in sorted((folder / PEFT_FOLDER).iterdir())]
+    state_parts = sorted(state_parts, key=lambda part: part.file)
     write_manifest(folder / RESUME_FOLDER, Manifest(kind="resume", iteration=state.iteration, parts=state_parts))
     write_manifest(folder, _manifest(target, folder, state, table, parts))
     for companion in companions:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from mindspeed_lora.checkpoint.together import together
 from mindspeed_lora.errors import MindSpeedLoraError
 from mindspeed_lora.parallel.collectives import Group, all_reduce
 from mindspeed_lora.parallel.context import ParallelContext
@@ -61,30 +62,35 @@ def check_lora_gradients(gradients: Gradients, context: ParallelContext) -> None
 def check_replicas(parameters: Sequence[TrainedParameter], context: ParallelContext) -> None:
     """Trained parameters that every TP rank holds whole must be equal on all of them; with EP, those of experts also on their copies.
 
-    Collective over tp, and over the experts' data-parallel group.
+    Collective over all ranks.
 
     Raises:
-        MindSpeedLoraError: naming the first parameter that differs; every rank of the group raises.
+        MindSpeedLoraError: naming the first parameter that differs; every rank raises.
     """
+    found: list[str | None] = []
     for items, own in by_grid(parameters, context):
         copies = own.dp_group if own is not context else None
         for item in items:
-            _check_equal(item, None if item.cut else own.tp_group, "tensor-parallel ranks")
-            _check_equal(item, copies, "ranks that hold the same experts")
+            found.append(_difference(item, None if item.cut else own.tp_group, "tensor-parallel ranks"))
+            found.append(_difference(item, copies, "ranks that hold the same experts"))
+    with together(context, "comparing what several ranks hold whole"):
+        for text in filter(None, found):
+            raise MindSpeedLoraError(text)
 
 
-def _check_equal(item: TrainedParameter, group: Group, who: str) -> None:
+def _difference(item: TrainedParameter, group: Group, who: str) -> str | None:
+    """What differs within the group; not raised, for other groups' ranks compare on."""
     if group is None:
-        return
+        return None
     own = item.parameter.detach()
     first = all_reduce(own.clone(), group, dist.ReduceOp.MAX)
     last = all_reduce(own.clone(), group, dist.ReduceOp.MIN)
-    if not torch.equal(first, last):
-        difference = float((first.float() - last.float()).abs().max())
-        raise MindSpeedLoraError(
-            f"{item.name} differs between {who} by up to {difference:.3e}, though each holds all of it: "
-            "its gradient was not reduced alike. Nothing was saved; please report the layout (TP, PP, EP, DP, --sequence-parallel)"
-        )
+    if torch.equal(first, last):
+        return None
+    return (
+        f"{item.name} differs between {who} by up to {float((first.float() - last.float()).abs().max()):.3e}, though each holds all of it: "
+        "its gradient was not reduced alike. Nothing was saved; please report the layout (TP, PP, EP, DP, --sequence-parallel)"
+    )
 
 
 def largest_lora_b(parameters: Sequence[TrainedParameter], context: ParallelContext) -> float:

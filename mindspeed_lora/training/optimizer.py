@@ -8,17 +8,27 @@ all-gather. Both ways compute the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
 
 import torch
 
 from mindspeed_lora.arguments.configs import OptimizerFlags
-from mindspeed_lora.parallel.collectives import all_gather_dim0
+from mindspeed_lora.parallel.collectives import all_gather_dim0, start_gather_into
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.training.flat import FlatLayout, TrainedParameter, by_grid, intersect
 from mindspeed_lora.training.gradients import FlatGradients, Gradients
 
 STATE_NAMES = ("master", "exp_avg", "exp_avg_sq")
 _CHUNK = 1 << 24  # elements handled at once: bounds AdamW's temporaries and the transfers of a gathered state
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory for a rank's states whole over dp: ``whole`` ``[kinds, dp, own]`` on dp rank 0's host, ``piece`` on the device; fp32."""
+
+    whole: torch.Tensor
+    piece: torch.Tensor
 
 
 class FlatAdamW:
@@ -97,25 +107,34 @@ class FlatAdamW:
         """The trained parameters in flat order."""
         return self.layout.parameters
 
-    def export(self, kind: str) -> Iterator[tuple[TrainedParameter, torch.Tensor]]:
-        """This rank's tp shard of one state (of :data:`STATE_NAMES`) per parameter, fp32 on the CPU, whole over dp.
+    def make_room(self) -> Room:
+        """What :meth:`gather` fills; taken apart from it, because a rank that failed between collectives would leave its peers waiting."""
+        own, size = self.state["master"], self.context.dp_size
+        length = own.numel() if self.sharded else 0
+        kinds = len(STATE_NAMES) if self.context.dp_rank == 0 else 0
+        return Room(torch.empty(kinds, size, length), torch.empty(size * min(length, _CHUNK), device=own.device))
 
-        Collective over dp where sharded. Yields nothing on dp ranks other than 0.
+    def gather(self, room: Room) -> None:
+        """Make the states whole over dp in ``room``. Collective over dp where sharded, and nothing else."""
+        group, size = self.context.dp_group, self.context.dp_size
+        if not self.sharded or group is None:
+            return
+        for number, kind in enumerate(STATE_NAMES):
+            for position, part in zip(count(0, _CHUNK), self.state[kind].detach().split(_CHUNK)):
+                piece = room.piece[: size * part.numel()]
+                start_gather_into(piece, part, group).wait()
+                if self.context.dp_rank == 0:
+                    room.whole[number, :, position : position + _CHUNK] = piece.view(size, -1)
+
+    def export(self, kind: str, room: Room) -> Iterator[tuple[TrainedParameter, torch.Tensor]]:
+        """This rank's tp shard of one state (of :data:`STATE_NAMES`) per parameter, fp32 on the CPU, whole over dp, after :meth:`gather`.
+
+        Yields nothing on dp ranks other than 0.
         """
-        whole = self._gathered(self.state[kind])
         if self.context.dp_rank == 0:
+            whole = room.whole[STATE_NAMES.index(kind)].flatten() if self.sharded else self.state[kind].detach().cpu()
             for item in self.layout.parameters:
                 yield item, self.layout.view(whole, item)
-
-    def _gathered(self, own: torch.Tensor) -> torch.Tensor:
-        if not self.sharded:
-            return own.detach().cpu()
-        whole = torch.empty(self.context.dp_size, own.numel()) if self.context.dp_rank == 0 else None
-        for position in range(0, own.numel(), _CHUNK):
-            part = all_gather_dim0(own[position : position + _CHUNK].detach().unsqueeze(0), self.context.dp_group)
-            if whole is not None:
-                whole[:, position : position + _CHUNK] = part.cpu()
-        return whole.flatten() if whole is not None else own
 
     @torch.no_grad()
     def restore(self, kind: str, fetch: Callable[[TrainedParameter], torch.Tensor]) -> None:
@@ -162,10 +181,19 @@ class Optimizer:
         for part in self.parts:
             part.set_steps(steps)
 
-    def export(self, kind: str) -> Iterator[tuple[TrainedParameter, torch.Tensor]]:
+    def make_room(self) -> list[Room]:
+        """See :meth:`FlatAdamW.make_room`."""
+        return [part.make_room() for part in self.parts]
+
+    def gather(self, room: list[Room]) -> None:
+        """See :meth:`FlatAdamW.gather`."""
+        for part, own in zip(self.parts, room, strict=True):
+            part.gather(own)
+
+    def export(self, kind: str, room: list[Room]) -> Iterator[tuple[TrainedParameter, torch.Tensor]]:
         """See :meth:`FlatAdamW.export`."""
-        for part in self.parts:
-            yield from part.export(kind)
+        for part, own in zip(self.parts, room, strict=True):
+            yield from part.export(kind, own)
 
     def restore(self, kind: str, fetch: Callable[[TrainedParameter], torch.Tensor]) -> None:
         """See :meth:`FlatAdamW.restore`."""

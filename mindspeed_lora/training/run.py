@@ -13,7 +13,6 @@ from mindspeed_lora.arguments.configs import TrainConfig
 from mindspeed_lora.checkpoint.load import LoadReport, load_adapter, load_base
 from mindspeed_lora.checkpoint.resume import restore_optimizer, restore_rng
 from mindspeed_lora.checkpoint.save import SaveTarget, save_checkpoint
-from mindspeed_lora.checkpoint.together import together
 from mindspeed_lora.data.batches import BatchMaker, BatchShape, EvalBatches, StepBatches, make_batch
 from mindspeed_lora.data.pairs import make_pair_batch
 from mindspeed_lora.errors import CheckpointError
@@ -242,7 +241,7 @@ def _trainer(
 
     def save() -> None:
         assert target is not None
-        together(context, lambda: check_replicas(trained, context), "comparing what every tensor-parallel rank holds whole")
+        check_replicas(trained, context)
         save_checkpoint(target, context, stages, plan.state, parts.optimizer)
 
     return Trainer(
