@@ -18,6 +18,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def save_checkpoint(
         write_resume(staging / name / RESUME_FOLDER, state, optimizer if target.save_optim else None, table, context, target.save_rng)
         with together(context, "describing the training state"):
             own_state = _own_parts(staging / name / RESUME_FOLDER, context)
-        parts, state_parts = (sum(gather_from_all(one, context), []) for one in (own, own_state))
+        parts, state_parts = (list(chain.from_iterable(gather_from_all(one, context))) for one in (own, own_state))
         with together(context, "completing the checkpoint"):
             if context.rank == 0:
                 _finish(target, staging, state, table, parts, state_parts)
