@@ -27,7 +27,7 @@ def copy_companions(config_dir: Path | None, tokenizer_dir: Path | None, target:
     copied = []
     for folder, names in ((config_dir, CONFIG_FILES), (tokenizer_dir or config_dir, TOKENIZER_FILES)):
         for name in names:
-            if folder is not None and (Path(folder) / name).is_file():
-                shutil.copyfile(Path(folder) / name, target / name)
+            if folder is not None and (folder / name).is_file():
+                shutil.copyfile(folder / name, target / name)
                 copied.append(name)
     return copied

@@ -18,11 +18,10 @@ from mindspeed_lora.weights.table import WeightTable, named_slices
 
 @dataclass(frozen=True)
 class LoadReport:
-    """How many tensors of this rank came from where; ``missing`` is 0, or loading would have failed."""
+    """How many tensors of this rank came from where; had one been missing, loading would have failed."""
 
     base: int = 0
     adapter: int = 0
-    missing: int = 0
 
 
 def _copy(parameter: torch.Tensor, value: torch.Tensor, name: str, source: object) -> None:

@@ -229,7 +229,7 @@ def read_trainer_state(folder: Path) -> TrainerState:
     Raises:
         CheckpointError: the file is damaged.
     """
-    path = Path(folder) / STATE_FILE
+    path = folder / STATE_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         later = {key for key in _LATER_FIELDS if key not in values}
@@ -242,7 +242,7 @@ def read_trainer_state(folder: Path) -> TrainerState:
 
 def has_training_state(iteration_folder: Path) -> bool:
     """Whether an iteration can be continued."""
-    return (Path(iteration_folder) / RESUME_FOLDER / STATE_FILE).is_file()
+    return (iteration_folder / RESUME_FOLDER / STATE_FILE).is_file()
 
 
 def _stored_sizes(folder: Path) -> dict[str, tuple[int, ...]]:

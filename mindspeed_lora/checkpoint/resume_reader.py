@@ -50,7 +50,7 @@ def read_index(folder: Path) -> Metadata:
     Raises:
         CheckpointError: it is missing, damaged, or names something that no index needs.
     """
-    path = Path(folder) / INDEX_FILE
+    path = folder / INDEX_FILE
     try:
         with path.open("rb") as file:
             index = _IndexUnpickler(file).load()
