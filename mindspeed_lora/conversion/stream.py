@@ -48,7 +48,7 @@ class WeightStream:
         Making one raises CheckpointError where it holds NaN or infinity.
         """
         names, dtypes = row.hf_names(layer), self.part_dtypes(row, layer)
-        changes = self._changes(row, layer, columns)
+        changes = self._changes(row, layer, columns, {part for part, _, _ in ranges})
         pieces, left = self.base.pieces(row, layer), WINDOW_BYTES
         for part, first, last in ranges:
             width = row.part_shapes[part][1:]
@@ -87,13 +87,15 @@ class WeightStream:
             yield piece
         self.report.add((name, *place), row, change.squared_norm(first, last), lost)
 
-    def _changes(self, row: Row, layer: int | None, columns: slice) -> list[Change | None]:
-        """What the adapter adds to each HF part; None: nothing."""
+    def _changes(self, row: Row, layer: int | None, columns: slice, wanted: set[int]) -> list[Change | None]:
+        """What the adapter adds to each of the ``wanted`` HF parts; None: nothing."""
         module = module_of(self.lora, row, layer) if self.lora is not None else None
         if self.adapter is None or self.lora is None or module is None:
             return [None] * len(row.hf)
-        scaled = zip(self.adapter.pairs(row, layer), part_scales(self.lora, module, len(row.hf)), strict=True)
-        return [None if pair is None else Change.of(pair[0][:, columns], pair[1], scale) for pair, scale in scaled]
+        scaled = enumerate(zip(self.adapter.pairs(row, layer), part_scales(self.lora, module, len(row.hf)), strict=True))
+        return [
+            None if pair is None or part not in wanted else Change.of(pair[0][:, columns], pair[1], scale) for part, (pair, scale) in scaled
+        ]
 
     def _check_finite(self, name: str, block: torch.Tensor) -> None:
         smallest, largest = torch.aminmax(block)  # both are NaN where any element is
