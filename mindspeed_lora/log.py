@@ -20,6 +20,8 @@ def configure_logging(rank: int | None = None) -> logging.Logger:
     ``rank`` defaults to torchrun's ``RANK``.
     """
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    # peft imports bitsandbytes where it is installed, which then warns of an optional kernel that nothing here calls
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logger = get_logger()
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False

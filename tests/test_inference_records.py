@@ -127,8 +127,8 @@ def test_ctrl_c_ends_every_rank_and_the_same_command_goes_on(
     partial = questions.with_suffix(".answers.jsonl.partial")
     kept = len(read(partial)) - 1
     assert 0 < kept < len(RECORDS) and not questions.with_suffix(".answers.jsonl").exists()
-    with partial.open("a", encoding="utf-8") as file:
-        file.write('{"line": 5, "rec')  # a kill amid a write
+    with partial.open("ab") as file:
+        file.write('{"line": 5, "record": {"answer": "岛'.encode()[:-1])  # a kill amid a write, and amid a character
     answered: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         whole = AnswerFile.add
@@ -163,11 +163,13 @@ def test_a_file_of_other_questions_or_settings_is_not_gone_on_with(chat_model: P
         ('{"prompt": "  "}', "it asks nothing"),
         ('{"prompt": "x", "adapter": 3}', "adapter is 3"),
         ("", "is empty"),
+        ('{"prompt": "什么"}'.encode("gbk"), "line 1: not UTF-8 text"),
+        ('{"prompt": "\\ud83d"}', "line 1: not UTF-8 text"),
     ],
 )
-def test_bad_lines_are_refused_with_file_and_line(tmp_path: Path, line: str, words: str) -> None:
+def test_bad_lines_are_refused_with_file_and_line(tmp_path: Path, line: str | bytes, words: str) -> None:
     path = tmp_path / "bad.jsonl"
-    path.write_text(line + "\n", encoding="utf-8")
+    path.write_bytes((line if isinstance(line, bytes) else line.encode()) + b"\n")
     with pytest.raises(UsageError) as caught:
         read_requests(path)
     assert words in str(caught.value) and str(path) in str(caught.value)

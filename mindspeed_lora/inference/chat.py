@@ -19,7 +19,7 @@ from typing import TextIO
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.inference.answering import Answerer, Messages, encode
 from mindspeed_lora.inference.generator import Strategy
-from mindspeed_lora.inference.printing import AnswerPrinter
+from mindspeed_lora.inference.printing import AnswerPrinter, typed_lines
 from mindspeed_lora.inference.voices import find_voice
 
 ENDS = ("q", "quit", "exit")
@@ -99,6 +99,8 @@ def _common(first: list[int], second: list[int]) -> int:
 
 def run_chat(chat: Chat, printer: AnswerPrinter, seed: int, lines: TextIO | None = None) -> None:
     """Read questions from ``lines`` (default: standard input) and answer them, until told to end."""
+    another = f", {ADAPTER} NAME lets another adapter answer" if len(chat.voices) > 1 else ""
+    printer.write(f"({ENDS[0]} ends, {BEGINS_AGAIN[0]} begins a new conversation{another})\n")
     first: int | None = seed  # later turns go on from where the generator is
     for question in _questions(sys.stdin if lines is None else lines, printer):
         command, _, argument = question.partition(" ")
@@ -122,12 +124,12 @@ def run_chat(chat: Chat, printer: AnswerPrinter, seed: int, lines: TextIO | None
 
 def _questions(lines: TextIO, printer: AnswerPrinter) -> Iterator[str]:
     """What is typed, line by line, without empty lines, until an end."""
-    while True:
-        printer.write(PROMPT)
-        line = lines.readline()
+    printer.write(PROMPT)
+    for line in typed_lines(lines):
         question = line.strip()
-        if not line or question in ENDS:
-            printer.write("\n")
-            return
+        if question in ENDS:
+            break
         if question:
             yield question
+        printer.write(PROMPT)
+    printer.write("\n")

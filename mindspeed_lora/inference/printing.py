@@ -1,12 +1,31 @@
-"""What a person sees: one block per answer, in the peer's layout, the answer growing as it is produced."""
+"""What a person types, and sees: one block per answer, in the peer's layout, the answer growing as it is produced."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from typing import TextIO
 
+from mindspeed_lora.errors import UsageError
+
 _WIDTH = 46
+
+
+def typed_lines(lines: TextIO) -> Iterator[str]:
+    """What is typed, line by line, with its line ends.
+
+    Raises:
+        UsageError: it is not text.
+    """
+    try:
+        while line := lines.readline():
+            line.encode()  # where no language is set, Python hands on bytes that it cannot read
+            yield line
+    except UnicodeError as error:
+        raise UsageError(
+            f"standard input is not UTF-8 text ({error}); convert it, or name its encoding, as in PYTHONIOENCODING=gbk"
+        ) from error
 
 
 class AnswerPrinter:

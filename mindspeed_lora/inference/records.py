@@ -44,7 +44,7 @@ def read_requests(path: Path) -> list[Request]:
     """
     requests = [
         _request(f"--input-file {path}, line {number}", number, line)
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1)
         if line.strip()
     ]
     if not requests:
@@ -52,9 +52,12 @@ def read_requests(path: Path) -> list[Request]:
     return requests
 
 
-def _request(where: str, number: int, line: str) -> Request:
+def _request(where: str, number: int, line: bytes) -> Request:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())
+        json.dumps(record, ensure_ascii=False).encode()  # half a character, as in "\ud83d", could not be written with the answer
+    except UnicodeError as error:
+        raise UsageError(f"{where}: not UTF-8 text ({error}); correct the line") from error
     except ValueError as error:
         raise UsageError(f"{where}: not JSON ({error}); correct the line") from error
     if not isinstance(record, dict):
@@ -122,7 +125,7 @@ class AnswerFile:
             raise UsageError(f"--output-file {self.path}: there is no folder {self.path.parent}; make it or name another file")
         if not self.partial.exists():
             return
-        lines = self.partial.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line end was cut off
+        lines = self.partial.read_bytes().split(b"\n")[:-1]  # what follows the last line end was cut off
         if not lines or json.loads(lines[0]).get("asked") != self._asked:
             raise UsageError(
                 f"{self.partial} was begun with other questions or settings; run that command again, or remove the file to begin anew"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mindspeed_lora.arguments.configs import InferenceConfig
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.inference.channel import StoppedElsewhere
-from mindspeed_lora.inference.printing import AnswerPrinter
+from mindspeed_lora.inference.printing import AnswerPrinter, typed_lines
 from mindspeed_lora.inference.records import AnswerFile, Request, fingerprint, read_requests
 from mindspeed_lora.inference.session import Session, lead, open_session
 from mindspeed_lora.inference.voices import Voice
@@ -93,7 +93,7 @@ def _prepare(config: InferenceConfig, questions: Questions) -> None:
     if config.prompts == TYPED:
         if CHAT in config.tasks:
             raise UsageError("--prompt - and --task chat both read standard input; name other tasks, or leave --prompt out")
-        questions.prompts = tuple(line.strip() for line in sys.stdin if line.strip())
+        questions.prompts = tuple(line.strip() for line in typed_lines(sys.stdin) if line.strip())
     if not questions.prompts or not all(prompt.strip() for prompt in questions.prompts):
         raise UsageError("--prompt is empty; give a text to continue or to answer")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -121,7 +122,9 @@ def _inject(stage: nn.Module, spec: LoraSpec, adapted: Mapping[str, ModuleLora],
             GroupedLinear: GroupedLoraLinear,
         }
     )
-    inject_adapter_in_model(config, stage, adapter_name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters on one base are meant
+        inject_adapter_in_model(config, stage, adapter_name)
 
 
 def select_adapter(stage: nn.Module, name: str | None) -> None:
