@@ -341,3 +341,16 @@ def test_sharegpt(tokenizer_dir: Path, tmp_path: Path) -> None:
     }
     with pytest.raises(UsageError, match=r"--map-keys tags: unknown key 'role'"):
         run(records, tokenizer_dir, tmp_path, **{**options, "map_keys": {"tags": {"role": "from"}}})
+
+
+def test_texts_longer_than_a_tokenizer_says_give_no_warning_of_the_library(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too long for the model is for our own checks to say, with the numbers."""
+    from transformers import tokenization_utils_base
+
+    said: list[str] = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", said.append)
+    tokenizer = load_tokenizer(TokenizerFlags(tokenizer_dir))
+    tokenizer.model_max_length = 3
+    assert len(tokenizer("some text of more tokens than that")["input_ids"]) > 3 and said == []
+    del tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"]
+    assert tokenizer("some text of more tokens than that") and len(said) == 1, "the library no longer warns"

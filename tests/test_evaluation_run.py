@@ -12,7 +12,9 @@ from evaluation_helpers import config_for, peft_adapter, reference_items, run_ev
 from helpers import shared_data, tiny_qwen3
 from pool import ProcessPool
 
+from mindspeed_lora.arguments.cli import main
 from mindspeed_lora.arguments.configs import LoadFlags, LoraFlags, TemplateFlags, TokenizerFlags
+from mindspeed_lora.arguments.flag import EVALUATE
 from mindspeed_lora.errors import DataError, UsageError
 from mindspeed_lora.evaluation.run import evaluate
 
@@ -150,6 +152,15 @@ def test_missing_files_end_every_rank_with_one_message(pool: ProcessPool, tmp_pa
     results = pool.run(run_evaluate, 2, config_for(model[0], tmp_path / "absent"))
     assert [code for code, _ in results] == [1, 1]
     assert "--task-data-path" in results[0][1] and "https://github.com/hendrycks/test" in results[0][1] and results[1][1] == ""
+
+
+def test_a_folder_that_is_not_there_says_where_to_get_the_files(
+    tmp_path: Path, model: tuple[Path, Path, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also on the command line, where other folders are checked right after parsing."""
+    command = ["--device", "cpu", "--load", str(model[0]), "--task", "mmlu", "--task-data-path", str(tmp_path / "mmlu")]
+    assert main(EVALUATE, command) == 1
+    assert "no such folder, for mmlu; expected" in (said := capsys.readouterr().err) and "https://github.com/hendrycks/test" in said
 
 
 def test_a_task_of_lm_evals_reads_a_local_data_set_or_says_what_it_expected(

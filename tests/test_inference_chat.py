@@ -117,8 +117,8 @@ def test_a_chat_ends(chat_model: Path, end: str) -> None:
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_what_is_typed_in_another_encoding_is_refused_with_the_way_out(errors: str) -> None:
-    typed = io.TextIOWrapper(io.BytesIO("hello\n什么\n".encode("gbk")), encoding="utf-8", errors=errors)
-    with pytest.raises(UsageError, match="standard input is not UTF-8 text .*PYTHONIOENCODING=gbk"):
+    typed = io.TextIOWrapper(io.BytesIO("hello\n你好\n".encode("gbk")), encoding="utf-8", errors=errors)
+    with pytest.raises(UsageError, match=r"standard input is not UTF-8 text .*PYTHONIOENCODING=gbk"):
         list(typed_lines(typed))
 
 

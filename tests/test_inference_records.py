@@ -21,6 +21,7 @@ from mindspeed_lora.errors import UsageError
 from mindspeed_lora.inference.engine import Engine
 from mindspeed_lora.inference.records import AnswerFile, read_requests
 from mindspeed_lora.inference.session import lead, open_session
+from mindspeed_lora.log import get_logger
 
 CELLS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]
 RECORDS = [
@@ -102,13 +103,15 @@ def ended_cell(config: InferenceConfig) -> tuple[int, str]:
             os.kill(os.getpid(), signal.SIGINT)  # the terminal's reaches all of them
         return execute(self, message)
 
+    said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AnswerFile, "add", add)
         patch.setattr(executor.Executor, "execute", interrupted)
+        patch.setattr(get_logger(), "info", said.append)
         try:
             return run_infer(config)
         except KeyboardInterrupt:
-            return 130, "interrupted"
+            return 130, said[-1]
 
 
 @pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)])
@@ -127,6 +130,7 @@ def test_ctrl_c_ends_every_rank_and_the_same_command_goes_on(
     partial = questions.with_suffix(".answers.jsonl.partial")
     kept = len(read(partial)) - 1
     assert 0 < kept < len(RECORDS) and not questions.with_suffix(".answers.jsonl").exists()
+    assert results[0][1] == f"{kept} of {len(RECORDS)} answers are in {partial}; the same command, given again, goes on from there"
     with partial.open("ab") as file:
         file.write('{"line": 5, "record": {"answer": "岛'.encode()[:-1])  # a kill amid a write, and amid a character
     answered: list[int] = []
@@ -163,7 +167,7 @@ def test_a_file_of_other_questions_or_settings_is_not_gone_on_with(chat_model: P
         ('{"prompt": "  "}', "it asks nothing"),
         ('{"prompt": "x", "adapter": 3}', "adapter is 3"),
         ("", "is empty"),
-        ('{"prompt": "什么"}'.encode("gbk"), "line 1: not UTF-8 text"),
+        ('{"prompt": "你好"}'.encode("gbk"), "line 1: not UTF-8 text"),
         ('{"prompt": "\\ud83d"}', "line 1: not UTF-8 text"),
     ],
 )

@@ -79,8 +79,7 @@ EVALUATION = [
         "folder with the benchmark's files; for several tasks one each, or one for all",
         PATH,
         "task_data_path",
-        many=True,
-        must_exist="folder",
+        many=True,  # whether it exists the benchmark checks, which knows what should be there and where to get it
     ),
     active(
         "--num-fewshot",

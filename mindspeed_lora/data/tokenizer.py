@@ -38,6 +38,8 @@ def load_tokenizer(flags: TokenizerFlags, fallback_dir: Path | None = None) -> P
     if not tokenizer:  # transformers 4 answers False where the slow tokenizer's own files are missing
         get_logger().warning(f"--tokenizer-not-use-fast: {folder} has only the files of the fast tokenizer; that one is used")
         tokenizer = _from_folder(folder, flag, flags, True)
+    # "will result in indexing errors": each command checks lengths itself, or cuts what is too long and says so
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 

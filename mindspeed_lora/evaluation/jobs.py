@@ -75,7 +75,11 @@ def _prepare(config: EvaluationConfig, name: str, path: Any, shared: bool) -> Jo
     if shared and (path / name).is_dir():
         path = path / name
     if benchmark is None:
-        load = lambda: _with_fewshot(load_named(name, path, tuple(BENCHMARKS)), config.num_fewshot)  # noqa: E731
+
+        def load() -> dict[str, Any]:
+            with only_our_output():
+                return _with_fewshot(load_named(name, path, tuple(BENCHMARKS)), config.num_fewshot)
+
         load()
         return Job(name, load)
     if path is None:

@@ -205,7 +205,7 @@ class ParallelLM(TemplateLM):
         if num_cut:
             get_logger().warning(
                 f"{num_cut} of {count} requests are longer than {self.max_length} tokens and lose their beginning; "
-                "fewer examples (--num-fewshot) would help"
+                "where the task has examples, fewer of them (--num-fewshot) would help"
             )
 
     def _progress(self, total: int, description: str) -> tqdm[Any]:

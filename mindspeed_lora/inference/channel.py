@@ -77,7 +77,8 @@ def other_ranks(who: str) -> Iterator[None]:
     except RuntimeError as error:  # gloo's own type
         if not any(word in str(error) for word in ("onnection closed", "onnection reset", "roken pipe", "onnection refused")):
             raise
-        reason = str(error).splitlines()[0].rpartition("] ")[2] or str(error).splitlines()[0]
+        line = str(error).splitlines()[0]
+        reason = (line.rpartition("] ")[2] or line).partition(". ")[0]  # behind it gloo guesses at causes
         raise RankDied(f"{who} of this run has died or was ended ({reason}); see the messages above, then start the run again") from error
 
 
