@@ -262,4 +262,4 @@ def dead_worker_cell(folder: Path) -> None:
 def test_a_worker_that_dies_does_not_hang_the_driver(pool: ProcessPool) -> None:
     with pytest.raises(RankError, match=r"the driver noticed after 1?\d s") as caught:
         pool.run(dead_worker_cell, 2, shared_data() / "stories260k" / "hf", timeout=60)
-    assert "the worker left" in str(caught.value) and "GLHF" not in str(caught.value)
+    assert "the worker left" in str(caught.value)

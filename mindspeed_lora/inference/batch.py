@@ -77,21 +77,21 @@ def answer_file(answerer: Answerer, strategy: Strategy, requests: Sequence[Reque
         if output.done:
             get_logger().info(f"{len(output.done)} of {len(requests)} answers are taken over from {output.partial}")
     batches: list[Batch] = broadcast_object(planned, 0, drivers)  # type: ignore[assignment]
-    failed: BaseException | None = None
-    with tqdm(total=len(requests), initial=len(output.done), desc="answering", unit="prompt", file=sys.stderr, disable=rank > 0) as bar:
-        for start in range(0, len(batches), size):
-            outcome = _outcome(answerer, strategy, batches[start + rank] if start + rank < len(batches) else None)
-            answered, failed = _gather(outcome, session)
-            if rank == 0:
-                output.add(answered)
-                bar.update(len(answered))
-            if failed is not None:
-                break
-    if failed is not None:
+    try:
+        with tqdm(total=len(requests), initial=len(output.done), desc="answering", unit="prompt", file=sys.stderr, disable=rank > 0) as bar:
+            for start in range(0, len(batches), size):
+                outcome = _outcome(answerer, strategy, batches[start + rank] if start + rank < len(batches) else None)
+                answered, failed = _gather(outcome, session)
+                if rank == 0:
+                    output.add(answered)
+                    bar.update(len(answered))
+                if failed is not None:
+                    raise failed
+    except (KeyboardInterrupt, MindSpeedLoraError):
         if rank == 0:
             kept = f"{len(output.done)} of {len(requests)} answers are in {output.partial}"
             get_logger().info(f"{kept}; the same command, given again, goes on from there")
-        raise failed
+        raise
     if rank == 0:
         output.finish()
 
