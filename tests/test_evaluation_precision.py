@@ -15,7 +15,6 @@ import torch
 from evaluation_helpers import config_for, peft_adapter, reference_items, run_evaluate, small_benchmarks, written_items
 from helpers import shared_data, tiny_qwen3, weights_in
 from pool import ProcessPool
-from safetensors.torch import load_file, save_file
 
 from mindspeed_lora.arguments.configs import EvaluationConfig
 
@@ -96,23 +95,13 @@ def test_in_fp32_ours_is_as_near_to_float64_as_transformers(
     assert largest > LONG, "agieval's answers are long"
 
 
-def crowd_logits(folder: Path) -> None:
-    """Add one vector to every row of the head: no log-probability changes by it, but in bf16 logits lose what tells them apart."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    tensors["lm_head.weight"] += 0.5
-    save_file(tensors, file, {"format": "pt"})
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("tp", "crowded"), [(1, False), (2, False), (1, True), (2, True)])
+@pytest.mark.parametrize("tp", [1, 2])
 def test_in_bf16_choices_flip_only_where_the_margin_is_below_rounding(
-    pool: ProcessPool, tmp_path: Path, data: Path, tp: int, crowded: bool, record_property: Callable[[str, object], None]
+    pool: ProcessPool, tmp_path: Path, data: Path, tp: int, record_property: Callable[[str, object], None]
 ) -> None:
     """Ours and theirs against fp32 with the same weights. Ours may be as far from it as theirs; a flip needs a smaller margin than that."""
     folder = tiny_qwen3(tmp_path / "model", vocab_size=512, max_position_embeddings=1024, dtype="bfloat16")
-    if crowded:
-        crowd_logits(folder)
     changes = {"tasks": ("mmlu", "ceval", "boolq", "hellaswag"), "max_eval_samples": 60, "num_fewshot": 0}
     config = config_for(folder, data, tmp_path / "scores", tp, **changes)
     exact, _ = reference_items(config, transformers_model(folder, torch.float32))
@@ -124,7 +113,6 @@ def test_in_bf16_choices_flip_only_where_the_margin_is_below_rounding(
     record_property(f"bf16, tp {tp}", text)
     print(text)
     assert of_ours[2] <= 1.2 * of_theirs[2] and of_ours[1] <= 1.5 * of_theirs[1]
-    assert bool(flips) == crowded
     for item in flips:
         first, second = argmax(ours[item]), argmax(theirs[item])
         margin = abs(exact[item][first] - exact[item][second])
