@@ -203,6 +203,29 @@ def in_turn_cell(config: InferenceConfig) -> list[torch.Tensor]:
     return found
 
 
+def cropped_cell(config: InferenceConfig) -> tuple[torch.Tensor, ...]:
+    """A token's logits with the adapter; without it, though the cache was cropped to nothing and not reset; and the same, all at once."""
+    found: list[torch.Tensor] = []
+
+    def work(engine: Engine) -> None:
+        for name in (engine.adapters[0], None):
+            engine.use_adapter(name)
+            engine.forward(IDS, use_cache=True)
+            found.append(engine.forward(torch.tensor([[7]]), use_cache=True).cpu())
+            engine.crop(0)
+        found.append(engine.forward(torch.cat((IDS, torch.tensor([[7]])), dim=1)).cpu())
+
+    assert lead(open_session(config, all_replicas=False), work) == 0
+    return tuple(found)
+
+
+def test_another_adapter_finds_nothing_of_the_last_one(pool: ProcessPool, chat_model: Path, tmp_path: Path) -> None:
+    make_adapter(chat_model, tmp_path / "a", target_modules=["q_proj", "down_proj"])
+    adapted, base, whole = pool.run(cropped_cell, 1, replace(chat_config(chat_model, 1, 1), **lora({"": tmp_path / "a"}, chat_model)))[0]
+    torch.testing.assert_close(base, whole, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(adapted, whole, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("layer", [0, 3])
 def test_a_stage_may_hold_no_adapter(pool: ProcessPool, chat_model: Path, tmp_path: Path, layer: int) -> None:
     """Of two stages only one is adapted: once the driver's, once the other."""

@@ -12,6 +12,7 @@ import torch
 from mindspeed_lora.arguments.configs import InferenceConfig, LoadFlags, ParallelFlags, RuntimeFlags, TemplateFlags, TokenizerFlags
 from mindspeed_lora.data.templates import load_template
 from mindspeed_lora.errors import CheckpointError, UsageError
+from mindspeed_lora.inference.channel import RankDied, other_ranks
 from mindspeed_lora.inference.executor import positions_and_mask, score
 from mindspeed_lora.inference.printing import AnswerPrinter
 from mindspeed_lora.inference.prompts import PromptFormat, resolve_prompt_format
@@ -53,6 +54,15 @@ def test_messages_survive_the_wire_inside_and_outside_the_header(length: int) ->
         header, body = encode(message)
         assert header.shape == (HEADER_SIZE,)
         assert _same(decode(header, body), message), message
+
+
+def test_a_rank_that_died_is_one_sentence_without_guesses_at_causes() -> None:
+    text = "[../gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:2. This may indicate that another rank crashed. GLHF!\nmore"
+    with pytest.raises(RankDied) as caught, other_ranks("a worker"):
+        raise RuntimeError(text)
+    assert str(caught.value).startswith("a worker of this run has died") and "GLHF" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="something else"), other_ranks("a worker"):
+        raise RuntimeError("something else")
 
 
 def test_a_decoded_token_fits_in_the_header() -> None:

@@ -72,6 +72,9 @@ def prepare_jobs(config: EvaluationConfig) -> list[Job]:
 def _prepare(config: EvaluationConfig, name: str, path: Any, shared: bool) -> Job:
     """``shared``: the folder is that of several tasks; a folder of the task's name in it is its own."""
     benchmark = BENCHMARKS.get(name)
+    if path is not None and not path.is_dir():
+        needs = f"; --task {name} needs a folder with {benchmark.files}; get them from {benchmark.source}" if benchmark is not None else ""
+        raise UsageError(f"--task-data-path {path}: no such folder{needs}")
     if shared and (path / name).is_dir():
         path = path / name
     if benchmark is None:

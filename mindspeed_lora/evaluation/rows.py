@@ -26,8 +26,7 @@ def find_root(name: str, path: Path, nested: Sequence[str], pattern: str, expect
     for candidate in candidates:
         if candidate.is_dir() and any(candidate.glob(pattern)):
             return candidate
-    found = "holds no files of" if path.is_dir() else "no such folder, for"
-    raise DataError(f"--task-data-path {path}: {found} {name}; expected {path}/{expected}; {source}")
+    raise DataError(f"--task-data-path {path}: holds no files of {name}; expected {path}/{expected}; {source}")
 
 
 def csv_rows(path: Path, columns: Sequence[str], header: bool) -> Iterator[tuple[int, dict[str, str]]]:

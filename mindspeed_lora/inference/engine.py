@@ -186,7 +186,6 @@ class Engine:
 
     def use_adapter(self, name: str | None) -> None:
         """Answer with this adapter from now on, or with the base alone; forgets the cache."""
-        self.reset()
         self._order(Message(Operation.ADAPTER, value=0 if name is None else 1 + self.adapters.index(name)))
 
     def stop(self, exit_code: int = 0) -> None:

@@ -76,11 +76,11 @@ class Executor:
         elif message.operation == Operation.CROP:
             self.cache.crop(message.value)
             self._real = None if self._real is None else self._real[:, : message.value]
-        elif message.operation == Operation.RESET:
-            self.cache.reset()
+        elif message.operation in (Operation.RESET, Operation.ADAPTER):
+            self.cache.reset()  # with the adapter also what is kept of its weights, however many positions there are
             self._real = None
-        elif message.operation == Operation.ADAPTER:
-            select_adapter(self.stage, (None, *self.adapters)[message.value])
+            if message.operation == Operation.ADAPTER:
+                select_adapter(self.stage, (None, *self.adapters)[message.value])
         return None
 
     def _decode_state(self, message: Message) -> DecodeState:

@@ -74,7 +74,7 @@ def check_replicas(parameters: Sequence[TrainedParameter], context: ParallelCont
             found.append(_difference(item, None if item.cut else own.tp_group, "tensor-parallel ranks"))
             found.append(_difference(item, copies, "ranks that hold the same experts"))
     with together(context, "comparing what several ranks hold whole"):
-        for text in filter(None, found):
+        if text := next(filter(None, found), None):
             raise MindSpeedLoraError(text)
 
 
