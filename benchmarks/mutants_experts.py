@@ -130,7 +130,7 @@ MUTANTS = (
         "groups).roll(1, 0).transpose(-2, -1).to(b.dtype)",
     ),
     Placed(
-        "experts", "adapter's scale", "alpha / r is lost", LORA, "b.transpose(-2, -1), groups, scale)", "b.transpose(-2, -1), groups, 1.0)"
+        "experts", "adapter's scale", "alpha / r is lost", LORA, "b.transpose(-2, -1), groups, factor)", "b.transpose(-2, -1), groups, 1.0)"
     ),
     Placed(
         "experts",
