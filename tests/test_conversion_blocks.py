@@ -20,7 +20,7 @@ from mindspeed_lora.conversion import merge, stream
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.files import crc32_joined, crc32_of
 from mindspeed_lora.manifest import read_manifest
-from mindspeed_lora.weights import megatron_folder, torch_stream
+from mindspeed_lora.weights import block_writer, megatron_folder, torch_stream
 from mindspeed_lora.weights.block_writer import Block, BlockWriter
 from mindspeed_lora.weights.config import Layout
 from mindspeed_lora.weights.lora_spec import LoraSpec
@@ -123,6 +123,25 @@ def test_blocks_lie_where_they_belong_and_what_lies_between_counts(tmp_path: Pat
         assert content == b"".join(bytes(50 if number == 0 else 100) + bytes(block.tolist()) for number, block in enumerate(blocks))
         for start, stop in ((0, len(content)), (50, 1050), (1050, 1150), (2, 2250)):
             assert out.checksum(start, stop) == zlib.crc32(content[start:stop])
+
+
+def test_the_disk_begins_before_all_is_made_and_may_refuse_the_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: list[tuple[int, int]] = []
+
+    def refused(descriptor: int, start: int, length: int, advice: int) -> None:
+        advised.append((start, length))
+        raise OSError("unknown here")
+
+    monkeypatch.setattr(block_writer, "FLUSH_BYTES", 2000)
+    monkeypatch.setattr(os, "posix_fadvise", refused, raising=False)
+    with BlockWriter(tmp_path / "file") as out:
+        for number in reversed(range(5)):
+            out.write(1000 * number, rows_of(torch.full((1000,), number, dtype=torch.uint8)))
+        out.settle()
+    assert advised == [(3000, 2000), (1000, 2000)]  # the last block is left to the fsync
+    assert (tmp_path / "file").read_bytes() == b"".join(bytes([number]) * 1000 for number in range(5))
+    monkeypatch.delattr(os, "posix_fadvise")
+    block_writer.begin_writeback(0, 0, 1)
 
 
 def test_an_error_in_a_thread_reaches_the_caller_and_no_thread_stays(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from mindspeed_lora.files import crc32_joined
 
 THREADS = 2  # more would wait for the disk; each holds one block
+FLUSH_BYTES = 1 << 24  # the disk is given work in such portions while later blocks are made
 _READ_BYTES = 1 << 22
 
 
@@ -62,6 +63,7 @@ class BlockWriter:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="block-writer")
         self._pending: deque[Future[_Written]] = deque()
         self._written: list[_Written] = []
+        self._flushed = 0  # of the blocks in _written
 
     def __enter__(self) -> BlockWriter:
         return self
@@ -73,14 +75,22 @@ class BlockWriter:
     def write(self, offset: int, block: Block) -> None:
         """Have a block made and written at ``offset``; Raises what an earlier block raised."""
         if len(self._pending) >= 2 * THREADS:
-            self._written.append(self._pending.popleft().result())
+            self._take()
         self._pending.append(self._threads.submit(self._write, offset, block))
 
     def settle(self) -> None:
         """Wait until all is written; Raises what a block raised."""
         while self._pending:
-            self._written.append(self._pending.popleft().result())
+            self._take()
         self._written.sort()
+
+    def _take(self) -> None:
+        """Wait for the oldest block; once a portion has gathered, have the disk begin with it, so that the fsync at the end is short."""
+        self._written.append(self._pending.popleft().result())
+        fresh = self._written[self._flushed :]
+        if sum(block.length for block in fresh) >= FLUSH_BYTES:
+            self._flushed = len(self._written)
+            begin_writeback(self.descriptor, min(fresh).start, max(block.start + block.length for block in fresh))
 
     def _write(self, offset: int, block: Block) -> _Written:
         if block.make is None:
@@ -124,6 +134,16 @@ def write_at(descriptor: int, offset: int, data: memoryview) -> None:
     while data:
         written = os.pwrite(descriptor, data[: 1 << 30], offset)
         data, offset = data[written:], offset + written
+
+
+def begin_writeback(descriptor: int, start: int, stop: int) -> None:
+    """Have the system write a range to the disk from now on, without waiting for it; does nothing where it knows no such call.
+
+    Linux begins at this advice, and drops only pages that are on the disk already: fresh ones stay in memory for the next reader.
+    """
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        with suppress(OSError):  # advice that a file system does not take changes nothing about what is written
+            os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager
