@@ -17,6 +17,7 @@ from engine_helpers import SPEC, batch, build_engine
 from experts_helpers import adapter_parts, merged_folder, reference
 from helpers import make_model
 from peft_helpers import load_peft, make_adapter
+from safetensors.torch import load_file, save_file
 from test_engine_adapters import _cell
 
 from mindspeed_lora.errors import CheckpointError
@@ -181,3 +182,32 @@ def test_a_stack_that_does_not_fit_is_refused(folder_of: Callable[[str], Path], 
         path.write_text(json.dumps({**config, **changes}), encoding="utf-8")
         with pytest.raises(CheckpointError, match=expected):
             open_adapter(folder).check_coverage(table)
+
+
+def as_before_the_exchange(folder: Path, target: Path, written: str | None) -> Path:
+    """The adapter as peft up to 0.19.0 stored it: A and B of experts' parameters exchanged and transposed, expert by expert."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name in [name for name in tensors if ".experts." in name and ".lora_A." in name]:
+        other = name.replace(".lora_A.", ".lora_B.")
+        a, b = tensors[name].unflatten(0, (4, -1)), tensors[other].unflatten(1, (-1, 4))  # [E, r, in], [out, r, E]
+        tensors[name], tensors[other] = b.permute(2, 1, 0).flatten(0, 1).clone(), a.permute(2, 1, 0).flatten(1).clone()
+    target.mkdir()
+    save_file(tensors, target / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (target / "adapter_config.json").write_text(json.dumps({**config, "peft_version": written}), encoding="utf-8")
+    return target
+
+
+@pytest.mark.skipif(tuple(map(int, version("peft").split(".")[:2])) < (0, 20), reason="writes the newer layout")
+def test_a_stack_from_before_peft_exchanged_a_and_b_is_read_rightly(tmp_path: Path) -> None:
+    """down_proj is square here, as hidden and intermediate size are one: the version tells; gate_up_proj tells by its shape."""
+    hf = make_model(tmp_path / "square", "mixtral", num_hidden_layers=1, hidden_size=64, intermediate_size=64)
+    table = WeightTable(model_config_from_hf(hf))
+    folder = adapter_of_experts(hf, tmp_path / "adapter", "twice the rank")
+    new, old = open_adapter(folder), open_adapter(as_before_the_exchange(folder, tmp_path / "old", "0.18.1"))
+    old.check_coverage(table)
+    for row, layer in table.target_entries(new.found_targets):
+        for (a, b), (expected_a, expected_b) in zip(old.pairs(row, layer), new.pairs(row, layer), strict=True):  # type: ignore[misc]
+            assert torch.equal(a, expected_a) and torch.equal(b, expected_b), row.name(layer)
+    with pytest.raises(CheckpointError, match=r"down_proj is square, so only the version of peft .* peft_version .* is None"):
+        open_adapter(as_before_the_exchange(folder, tmp_path / "none", None)).check_coverage(table)

@@ -8,6 +8,10 @@ Over transformers 5, peft adapts a layer's experts as two parameters (``target_p
     ...mlp.experts.base_layer.lora_A [E r, h]    lora_B [2 f, r E]    gate_up_proj (where both are adapted; one alone has down_proj's name)
     ...mlp.experts.lora_A            [E r, f]    lora_B [h, r E]      down_proj
     expert e: A rows e r .. (e + 1) r;  B columns e, e + E, e + 2 E, ..
+
+Up to 0.19.0, peft took a parameter's axes, which are (expert, out, in), for (expert, in, out): its file has lora_A [E r, 2 f] and
+lora_B [h, r E], an expert's A is its part of lora_B transposed, its B that of lora_A. Shapes tell the two apart, but for square weights:
+there ``peft_version`` of the configuration does.
 """
 
 from __future__ import annotations
@@ -34,29 +38,39 @@ _TENSOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])\.(?:default\.)
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _STACKED = re.compile(r"^(.+\.experts)(\.base_layer)?$")
 _PARAMETERS = {"gate_up_proj": "linear_fc1", "down_proj": "linear_fc2"}
+_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+_LAST_EXCHANGED = (0, 19, 0)  # peft's last version with A and B of experts' parameters the other way round
 
 
 @dataclass(frozen=True)
 class _OfExpert:
-    """One expert's A, or ``rows`` of its B, in the matrix of all ``count`` experts."""
+    """One expert's A or B, or ``rows`` of it, in the matrix of all ``count`` experts; ``half``: "A" or "B", whose layout that has."""
 
     stored: StoredTensor
+    half: str
     expert: int
     count: int
+    transposed: bool = False
     rows: slice | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of :meth:`read`'s result."""
         height, width = self.stored.shape
-        return (height // self.count, width) if self.rows is None else (self.rows.stop - self.rows.start, width // self.count)
+        height, width = (height // self.count, width) if self.half == "A" else (height, width // self.count)
+        height, width = (width, height) if self.transposed else (height, width)
+        return (height if self.rows is None else self.rows.stop - self.rows.start, width)
 
     def read(self) -> torch.Tensor:
         """A view of the file."""
         whole = self.stored.read()
-        if self.rows is None:
-            return whole.unflatten(0, (self.count, -1))[self.expert]
-        return whole.unflatten(1, (-1, self.count))[self.rows, :, self.expert]
+        one = (
+            whole.unflatten(0, (self.count, -1))[self.expert]
+            if self.half == "A"
+            else whole.unflatten(1, (-1, self.count))[..., self.expert]
+        )
+        one = one.t() if self.transposed else one
+        return one if self.rows is None else one[self.rows]
 
 
 _Half = StoredTensor | _OfExpert
@@ -170,17 +184,33 @@ class PeftAdapter(Adapter):
         if not isinstance(a, StoredTensor) or not isinstance(b, StoredTensor):
             raise CheckpointError(f"{self.path}: {stack.name} has only one of lora_A and lora_B")
         count, inside = a.shape[0] // stack.r, (sum(shape[0] for shape in row.part_shapes), row.part_shapes[0][1])
-        if (b.shape[0], a.shape[1]) != inside or a.shape[0] != count * stack.r or b.shape[1] != a.shape[0] or row.expert >= count:
+        found = b.shape[0], a.shape[1]
+        fits = found in (inside, inside[::-1]) and a.shape[0] == b.shape[1] == count * stack.r
+        if not fits or row.expert >= count:
             raise CheckpointError(
                 f"{self.path}: {stack.name} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, which do not hold r {stack.r} of "
                 f"each expert of {list(inside)} in the base model"
             )
+        exchanged = self._exchanged(stack.name) if inside[0] == inside[1] else found != inside
+        of_a, of_b = (_OfExpert(stored, half, row.expert, count, exchanged) for stored, half in ((a, "A"), (b, "B")))
+        if exchanged:
+            of_a, of_b = of_b, of_a
         for shape in row.part_shapes:
             rows = slice(start, start + shape[0])
-            own = _OfExpert(a, row.expert, count), _OfExpert(b, row.expert, count, rows)
-            modules.append(_Module(stack.name, stack.layer, stack.target, *own, stack.r, stack.alpha))
+            modules.append(_Module(stack.name, stack.layer, stack.target, of_a, replace(of_b, rows=rows), stack.r, stack.alpha))
             start = rows.stop
         return list(modules)
+
+    def _exchanged(self, name: str) -> bool:
+        """Whether A and B of experts' parameters are the other way round, by the version of peft that wrote them."""
+        written = self.values.get("peft_version")
+        match = _VERSION.match(str(written))
+        if match is None:
+            raise CheckpointError(
+                f"{self.path}: {name} is square, so only the version of peft that wrote the adapter tells its A from its B, and "
+                f"peft_version in adapter_config.json is {written!r}; put the version there (peft before 0.18 left it out)"
+            )
+        return tuple(map(int, match.groups())) <= _LAST_EXCHANGED
 
     def _module_lora(self, row: Row, layer: int | None) -> ModuleLora | None:
         """One entry where all parts have one A, r and alpha, else one for each part; None: no part is adapted."""
