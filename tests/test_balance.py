@@ -132,7 +132,10 @@ def outcome(pool: ProcessPool, workspace: Path, cell: Cell, kind: str, **changes
 
 
 def reference_gradients(workspace: Path, config: Any, by_row: bool, kind: str = "tokens") -> dict[str, torch.Tensor]:
-    """transformers' gradients of loss and both balancing losses of the first global batch, written from its router logits."""
+    """transformers' gradients of loss and both balancing losses of the first global batch, written from its router logits.
+
+    They are taken where its routers leave them: transformers 4.51 does not return those of models that have dense layers too.
+    """
     from transformers import AutoModelForCausalLM
 
     from mindspeed_lora.training.objective import row_weights
@@ -141,17 +144,21 @@ def reference_gradients(workspace: Path, config: Any, by_row: bool, kind: str = 
 
     batch = next(iter(training_batches(plan_training(config, 1), single_process_context())))
     model = AutoModelForCausalLM.from_pretrained(workspace / "model", attn_implementation="eager").float().eval()
-    model.config.output_router_logits = True
+    router_logits: list[torch.Tensor] = []  # [b s, E] each
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.register_forward_hook(lambda _, __, out: router_logits.append(out[0] if isinstance(out, tuple) else out))
     shares, weights = token_shares(batch, 1, kind), row_weights(batch, 1, kind)
     size = batch.micro_batch_size
     for start in range(0, len(batch.input_ids), size):
         rows = slice(start, start + size)
-        out = model(input_ids=batch.input_ids[rows], output_router_logits=True)
+        router_logits.clear()
+        out = model(input_ids=batch.input_ids[rows])
         losses = torch.nn.functional.cross_entropy(
             out.logits.flatten(0, 1), batch.labels[rows].flatten(), ignore_index=-100, reduction="none"
         )
         loss = (losses.view(size, -1).sum(1) * weights[rows]).sum()
-        for logits in out.router_logits:  # [b s, E]
+        for logits in router_logits:
             logits = logits.view(size, -1, logits.shape[-1])
             scores, share = logits.softmax(-1), shares[rows].unsqueeze(-1)
             chosen = torch.zeros_like(scores).scatter(-1, scores.topk(model.config.num_experts_per_tok).indices, 1.0) * share
