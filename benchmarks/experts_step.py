@@ -9,9 +9,9 @@ Qwen3-MoE: 64 experts of 192, top 8, hidden 512, 4 layers, 8 heads, 2 query grou
 PEFT adapts stacked experts by ``target_parameters``: B A of all experts is added to their weights in every forward pass. The other side
 runs transformers' ``experts_implementation`` grouped_mm, in bf16 with ``autocast_adapter_dtype`` on and off, and under
 ``torch.compile``; the fastest counts. PEFT gives the experts a new class in every forward pass, so dynamo compiles what touches it
-anew each time until it meets its recompile limit; from then on that part runs as written and all else compiled: those are the steps timed. "eager" is timed apart, in two steps, as one of them takes seconds. "batched_mm" is left out:
-it copies an expert's weights for every row, here 19 GiB. The trained parameters of experts are the same on both sides; q, k, v have
-one A here, three there.
+anew each time until it meets its recompile limit; from then on that part runs as written, all else compiled: those steps are timed.
+"eager" is timed apart, in two steps, as one of them takes seconds. "batched_mm" is left out: it copies an expert's weights for every
+row, here 19 GiB. The trained parameters of experts are the same on both sides; q, k, v have one A here, three there.
 
 Floors: "products", the matrix products of our step run alone on tensors of the same shapes and dtypes; "large products", the time that
 their operations would take at the rate of one 1024 x 1024 x 1024 product, which 64-row products do not reach.
