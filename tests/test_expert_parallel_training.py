@@ -274,13 +274,13 @@ def _peak(sizes: RunSizes) -> int:
     ids=str,
 )
 def test_the_estimate_of_a_rank_is_what_torch_allocates(pool: ProcessPool, grid: dict[str, Any]) -> None:
-    """Within the issue's 10 % and the room of a model this small, on the rank that gets most tokens."""
+    """On the rank that gets most tokens."""
     import memory_estimate
 
     model = dataclasses.replace(memory_estimate.GIB_EXPERTS, hidden_size=512, num_layers=4, vocab_size=2048, padded_vocab_size=2048)
     sizes = RunSizes(model, memory_estimate.LORA, 4, length=1024, device_type="cpu", **grid)
     peak = max(pool.run(_peak, 2, sizes))
-    assert largest_estimate(sizes)[1]["total"] == pytest.approx(peak, rel=0.12)
+    assert largest_estimate(sizes)[1]["total"] == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.slow
