@@ -204,6 +204,47 @@ def test_sequence_parallel_without_tensor_parallel_is_a_note() -> None:
     assert len(notes) == 1 and notes[0].startswith("--sequence-parallel has no effect")
 
 
+@pytest.mark.parametrize(
+    ("words", "named", "reason"),
+    [
+        ("--max-position-embeddings 64", "--max-position-embeddings", "--seq-length alone"),
+        ("--padding-free --no-pad-to-seq-lengths", "--no-pad-to-seq-lengths", "pads nothing"),
+        ("--pad-to-multiple-of 16", "--pad-to-multiple-of", "--no-pad-to-seq-lengths"),
+        ("--lr-decay-style constant --min-lr 0 --lr-decay-iters 9", "--min-lr --lr-decay-iters", "decays nothing"),
+        ("--lr-decay-style constant --min-lr 0 --lr-decay-iters 9 --lr-warmup-fraction 0.1", "--min-lr", "decays nothing"),
+        ("--lr-warmup-init 1e-6", "--lr-warmup-init", "no warm-up"),
+        ("--eval-interval 5 --eval-iters 0", "--eval-interval", "validates nothing"),
+        ("--pipeline-buffer-fraction 0.1", "--pipeline-buffer-fraction", "one pipeline stage"),
+    ],
+)
+def test_flags_that_change_nothing_are_named(words: str, named: str, reason: str) -> None:
+    line = "--load base --data-path x --train-iters 3 --save s"
+    (note,) = parse(TRAIN, [*line.split(), *words.split()])[1]
+    assert note.startswith(f"{named}: ") and reason in note and note.endswith("nothing for it to do")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--no-pad-to-seq-lengths --pad-to-multiple-of 16",
+        "--padding-free --pad-to-multiple-of 16",
+        "--lr-decay-style cosine --min-lr 0 --lr-decay-iters 9",
+        "--lr-warmup-iters 1 --lr-warmup-init 1e-6",
+        "--lr-warmup-fraction 0.1 --lr-warmup-init 1e-6",
+        "--eval-interval 5 --eval-iters 1",
+        "--pipeline-model-parallel-size 2 --pipeline-buffer-fraction 0.1",
+        "--no-save-optim --no-save-rng",
+    ],
+)
+def test_flags_that_change_something_are_not(words: str) -> None:
+    assert parse(TRAIN, ["--load", "base", "--data-path", "x", "--train-iters", "3", "--save", "s", *words.split()])[1] == []
+
+
+def test_what_is_saved_has_no_meaning_where_nothing_is() -> None:
+    _, notes = parse(TRAIN, ["--load", "base", "--data-path", "x", "--train-iters", "3", "--no-save-optim", "--lora-ckpt-filter"])
+    assert "--no-save-optim --lora-ckpt-filter: nothing is saved, so there is nothing for it to do" in notes
+
+
 def test_notes_group_accepted_flags_by_reason_and_name_each_once() -> None:
     line = "--load base --context-parallel-algo a --context-parallel-algo a --attention-mask-type general --distributed-backend nccl"
     _, notes = parse(INFER, [*line.split(), "--seed", "1", "--seed", "2"])

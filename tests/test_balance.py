@@ -20,7 +20,7 @@ from mindspeed_lora.arguments.configs import ArchitectureFlags, BalanceFlags, Ex
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.model.balance import Balancer, BalanceTerms
 from mindspeed_lora.parallel.context import single_process_context
-from mindspeed_lora.training.balance import ExpertBalance, token_shares
+from mindspeed_lora.training.balance import ExpertBalance, balance_terms, token_shares
 from mindspeed_lora.training.preflight import plan_model
 from mindspeed_lora.weights.families import model_config_from_hf
 from mindspeed_lora.weights.sources import open_base
@@ -285,14 +285,16 @@ def test_flags_mean_what_they_mean_to_the_peer(
 ) -> None:
     made = plan(workspace, kind, **flags)
     assert made.balance == expected
-    idle = flags.get("aux") and (expected is None or not expected.aux)
+    idle = (flags.get("aux") and (expected is None or not expected.aux)) or (flags.get("by_row") and not (expected and expected.by_row))
     assert any("has no effect" in note for note in made.notes) == bool(idle)
 
 
 def test_a_dense_model_has_nothing_to_balance(tmp_path: Path) -> None:
     folder = make_workspace(tmp_path, "qwen3")
-    with pytest.raises(UsageError, match=r"--moe-aux-loss-coeff 0\.01 and --moe-per-layer-logging: a qwen3 model has no experts"):
-        plan(folder, None, aux=0.01, log_layers=True)
+    with pytest.raises(
+        UsageError, match=r"--moe-aux-loss-coeff 0\.01 and --seq-aux and --moe-per-layer-logging: a qwen3 model has no experts"
+    ):
+        plan(folder, None, aux=0.01, by_row=True, log_layers=True)
 
 
 def test_biases_follow_the_tokens_of_a_step(pool: ProcessPool, tmp_path: Path) -> None:
@@ -351,3 +353,10 @@ def test_biases_that_cannot_follow_are_refused(tmp_path: Path, family: str, lora
     config = make_config(make_workspace(tmp_path, family))
     with pytest.raises(UsageError, match=f"--moe-router-bias-update-rate 0.01: .*{expected}"):
         plan_model(dataclasses.replace(config, balance=BalanceFlags(bias_rate=0.01), **({} if lora else {"lora": None})), 1)
+
+
+def test_biases_do_not_follow_where_load_brings_the_adapter(tmp_path: Path) -> None:
+    config = dataclasses.replace(make_config(make_workspace(tmp_path, "deepseek_v3")), lora=None, balance=BalanceFlags(bias_rate=0.01))
+    model = plan_model(config, 1).model
+    with pytest.raises(UsageError, match="adapter's files"):
+        balance_terms(config, model, True, [])

@@ -38,16 +38,16 @@ def best_config(workspace: Path, save: Path, **changes: Any) -> Any:
 
 
 def test_the_best_iteration_is_saved_named_and_kept(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    validated(monkeypatch, [3.0, 2.0, 2.5, float("nan"), 2.0])
+    validated(monkeypatch, [float("nan"), 3.0, 2.0, 2.5, float("nan")])
     text = run_training(best_config(workspace, tmp_path / "s", save__save_interval=3, save__save_total_limit=1))
-    assert saved(tmp_path / "s") == [2, 5], "the best, and the newest"
-    assert (tmp_path / "s" / BEST_NAME).read_text() == "2"
+    assert saved(tmp_path / "s") == [3, 5], "the best, and the newest; no loss is no best one"
+    assert (tmp_path / "s" / BEST_NAME).read_text() == "3"
     assert (tmp_path / "s" / "latest_checkpointed_iteration.txt").read_text() == "5"
-    assert "best validation loss: 2.000000E+00 at iteration 2" in text
-    assert text.count("successfully saved checkpoint from iteration") == 4  # 1, 2, 3, 5
+    assert "best validation loss: 2.000000E+00 at iteration 3" in text
+    assert text.count("successfully saved checkpoint from iteration") == 3  # 2, 3, 5
     monkeypatch.undo()
-    again = make_config(workspace, load__lora_load=tmp_path / "s" / "iter_0000002", load__finetune=True, train_iters=1)
-    assert f"adapter: {tmp_path / 's' / 'iter_0000002'}" in run_training(again)
+    again = make_config(workspace, load__lora_load=tmp_path / "s" / "iter_0000003", load__finetune=True, train_iters=1)
+    assert f"adapter: {tmp_path / 's' / 'iter_0000003'}" in run_training(again)
 
 
 def test_a_continued_run_knows_the_best(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,3 +253,10 @@ def test_where_one_rank_fails_to_save_all_stop_and_the_previous_save_stays(
     if where == "disk":
         pool.run(run_training, 2, config)
         assert [record["iteration"] for record in metrics(save)] == list(range(1, STOP + 2))
+
+
+def test_what_a_killed_run_left_goes_with_the_next_save(workspace: Path, tmp_path: Path) -> None:
+    for left in (".iter_0000099.tmp/iter_0000099", ".iter_0000001.removed"):
+        (tmp_path / left).mkdir(parents=True)
+    run_training(make_config(workspace, train_iters=1, save__save=tmp_path))
+    assert [path.name for path in tmp_path.glob("*iter_*") if path.is_dir()] == ["iter_0000001"]

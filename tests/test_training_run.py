@@ -20,6 +20,7 @@ from mindspeed_lora.errors import MindSpeedLoraError, UsageError
 from mindspeed_lora.parallel.context import build_context, single_process_context
 from mindspeed_lora.training.flat import TrainedParameter
 from mindspeed_lora.training.guards import check_finite, check_replicas
+from mindspeed_lora.training.preflight import plan_training
 from mindspeed_lora.training.report import IterationReport
 
 
@@ -329,5 +330,16 @@ def test_a_base_on_demand_needs_a_frozen_base_and_adapter_saves(workspace: Path,
         run_training(make_config(workspace, **changes))
 
 
-def test_fsdp_base_on_one_rank_is_said_to_do_nothing(workspace: Path) -> None:
-    assert "--fsdp-base has no effect with one data-parallel rank" in run_training(make_config(workspace, fsdp_base=True, train_iters=1))
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"fsdp_base": True}, "--fsdp-base has no effect with one data-parallel rank: there is nothing to cut the base over"),
+        ({"optimizer__use_distributed_optimizer": True}, "--use-distributed-optimizer has no effect with one data-parallel rank: "),
+        ({"eval_interval": 1}, "--eval-interval 1 has no effect: --split 100,0,0 leaves none of the 24 samples for validation"),
+        ({"load__load_optim": False, "load__load_rng": False}, "--no-load-optim --no-load-rng: no training state is continued"),
+        ({"template__prompt_type": "qwen3", "data__pack": True}, "--prompt-type --pack: "),
+    ],
+)
+def test_flags_that_change_nothing_here_are_named(workspace: Path, changes: dict[str, Any], note: str) -> None:
+    assert not [other for other in plan_training(make_config(workspace), 1).notes if note in other]
+    assert [other for other in plan_training(make_config(workspace, **changes), 1).notes if note in other]

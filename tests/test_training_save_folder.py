@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from mindspeed_lora.checkpoint.start import StartPoint, check_save_folder
-from mindspeed_lora.errors import DataError, UsageError
-from mindspeed_lora.training.report import METRICS_NAME, Recorder
+from mindspeed_lora.errors import DataError, MindSpeedLoraError, UsageError
+from mindspeed_lora.training import report
+from mindspeed_lora.training.report import METRICS_NAME, Recorder, check_tensorboard
 
 
 def check(save: Path) -> None:
@@ -52,3 +53,24 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_foreign_line_is_named(tm
     with pytest.raises(DataError, match="notes of mine"):
         Recorder(tmp_path, None, 2)
     assert path.read_text() == before
+
+
+def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / METRICS_NAME).symlink_to("/dev/full")
+    recorder = Recorder(tmp_path, None, 0)
+    with pytest.raises(MindSpeedLoraError, match=f"cannot be written into {tmp_path} .*No space left.*continue from the last checkpoint"):
+        recorder.add(1, {"iteration": 1}, {})
+
+
+def test_tensorboard_is_checked_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_tensorboard(None)
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=f"--tensorboard-dir {tmp_path}: the package tensorboard is not installed"):
+        check_tensorboard(tmp_path)
+
+
+def test_a_tensorboard_folder_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"--tensorboard-dir .*file/tb: nothing can be written there"):
+        Recorder(None, tmp_path / "file" / "tb", 0)

@@ -10,6 +10,7 @@ from typing import Any
 from mindspeed_lora.arguments.checks_asking import check_asking
 from mindspeed_lora.arguments.configs import LATENT_TARGETS, LORA_TARGETS, LossScaleFlags, TrainConfig
 from mindspeed_lora.arguments.flag import CONVERT, INFER, PREPROCESS, RUNS, TRAIN, Flag
+from mindspeed_lora.arguments.idle import idle_notes
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.manifest import MANIFEST_NAME, read_manifest
 
@@ -172,7 +173,7 @@ def _check_training(values: Values, sources: Sources) -> list[str]:
             "of at least 2; "
             "with one stage there is nothing to interleave"
         )
-    notes = _check_loss_scale(values, sources)
+    notes = _check_loss_scale(values, sources) + idle_notes(values, sources)
     if "save.save" not in values:
         notes.append("--save is absent: this run writes no checkpoint")
         if "save.save_interval" in values:

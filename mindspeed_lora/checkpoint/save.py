@@ -100,7 +100,9 @@ def save_checkpoint(
 
 
 def _prepare(staging: Path, name: str) -> None:
-    shutil.rmtree(staging, ignore_errors=True)
+    """A new folder to write into; what an earlier run that was killed left of its own (or of a removal) goes."""
+    for left in staging.parent.glob(".iter_*"):
+        shutil.rmtree(left, ignore_errors=True)
     (staging / name / RESUME_FOLDER).mkdir(parents=True)
 
 

@@ -21,8 +21,8 @@ _WITH_SEQ_AUX = ("none", "group_limited_greedy")  # of a row with --seq-aux
 _OF_A_MICRO_BATCH = (None, "aux_loss", "pai_megatron_aux_loss", "group_limited_greedy")
 
 
-def balance_terms(config: TrainConfig, model: ModelConfig, notes: list[str]) -> BalanceTerms | None:
-    """The losses and counts that the flags ask for, by the peer's meaning of them; None: nothing.
+def balance_terms(config: TrainConfig, model: ModelConfig, lora: bool, notes: list[str]) -> BalanceTerms | None:
+    """The losses and counts that the flags ask for, by the peer's meaning of them; None: nothing. ``lora``: an adapter is trained.
 
     Raises:
         UsageError: the model has no experts, or no biases to update.
@@ -30,6 +30,7 @@ def balance_terms(config: TrainConfig, model: ModelConfig, notes: list[str]) -> 
     flags, kind = config.balance, config.architecture.experts.balancing
     asked = [
         (flags.aux, f"--moe-aux-loss-coeff {flags.aux:g}"),
+        (flags.by_row, "--seq-aux"),
         (flags.z, f"--moe-z-loss-coeff {flags.z:g}"),
         (flags.bias_rate, f"--moe-router-bias-update-rate {flags.bias_rate:g}"),
         (flags.log_layers, "--moe-per-layer-logging"),
@@ -38,7 +39,7 @@ def balance_terms(config: TrainConfig, model: ModelConfig, notes: list[str]) -> 
         if passed := [text for value, text in asked if value]:
             raise UsageError(f"{' and '.join(passed)}: a {model.family} model has no experts; leave it out")
         return None
-    if flags.bias_rate and (config.lora is not None or not model.experts.router_bias):
+    if flags.bias_rate and (lora or not model.experts.router_bias):
         why = "an adapter's files do not hold it" if model.experts.router_bias else f"a {model.family} model's experts have no bias"
         raise UsageError(f"--moe-router-bias-update-rate {flags.bias_rate:g}: {why}; leave it out")
     by_row = kind == _OF_A_ROW or (flags.by_row and kind in _WITH_SEQ_AUX)
@@ -48,6 +49,9 @@ def balance_terms(config: TrainConfig, model: ModelConfig, notes: list[str]) -> 
             f"--moe-aux-loss-coeff {flags.aux:g} has no effect with --moe-router-load-balancing-type {kind}"
             + ("" if kind != "none" else " without --seq-aux")
         )
+    elif flags.by_row and not (aux and by_row):
+        why = f"--moe-router-load-balancing-type {kind or 'aux_loss'}" if aux else "no load-balancing loss; --moe-aux-loss-coeff adds one"
+        notes.append(f"--seq-aux has no effect with {why}")
     terms = BalanceTerms(aux, by_row, flags.z, flags.log_layers or flags.bias_rate > 0)
     return terms if terms.aux or terms.z or terms.counts else None
 

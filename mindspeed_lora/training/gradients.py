@@ -56,15 +56,8 @@ class FlatGradients:
         self.layout, self.context, self.sharded = layout, context, sharded and context.dp_size > 1
         self.buffer = torch.zeros(layout.size, dtype=torch.float32, device=context.device)
         self.own = torch.zeros(layout.own[1] - layout.own[0], dtype=torch.float32, device=context.device) if self.sharded else self.buffer
-        self._handles = [
+        for item in layout.parameters:
             item.parameter.register_post_accumulate_grad_hook(_accumulate_into(layout.view(self.buffer, item)))
-            for item in layout.parameters
-        ]
-
-    def detach(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
 
     def zero(self) -> None:
         """Forget the last step's gradients."""

@@ -295,7 +295,7 @@ class Trainer:
             scalars = {f"{name} validation": value for name, value in {"lm loss": loss, **metrics}.items()}
             self.recorder.add(self.state.iteration, record, scalars)
         best = self.state.best_loss
-        if self.config.save.save_best and self.save is not None and (best is None or loss < best):
+        if self.config.save.save_best and self.save is not None and math.isfinite(loss) and (best is None or loss < best):
             self.state.best_loss, self.state.best_iteration = loss, self.state.iteration
             self._save()
 

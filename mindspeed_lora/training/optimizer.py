@@ -92,13 +92,8 @@ class FlatAdamW:
         if self.sharded and self.flat.numel():
             self.flat.copy_(all_gather_dim0(own, self.context.dp_group))
 
-    @property
-    def steps(self) -> int:
-        """Updates done so far (Adam's bias correction)."""
-        return int(next((entry["step"] for entry in self._adam.state.values()), torch.zeros(())))
-
     def set_steps(self, steps: int) -> None:
-        """Continue at ``steps`` updates."""
+        """Continue at ``steps`` updates (Adam's bias correction)."""
         for entry in self._adam.state.values():
             entry["step"].fill_(steps)
 
@@ -146,11 +141,6 @@ class FlatAdamW:
             if high > low:
                 values = fetch(item).reshape(-1)[low - span[0] : high - span[0]]
                 self.state[kind][low - start : high - start].copy_(values)
-
-    def refresh_masters(self) -> None:
-        """Take the model's weights as the masters (after weights were loaded over them)."""
-        if not self._aliased:
-            self.state["master"].copy_(self.flat[self.layout.own[0] : self.layout.own[1]])
 
 
 class Optimizer:

@@ -26,6 +26,7 @@ from mindspeed_lora.parallel.context import check_expert_grid, data_parallel_siz
 from mindspeed_lora.training.balance import balance_terms
 from mindspeed_lora.training.documents import document_rule
 from mindspeed_lora.training.profiling import check_profile
+from mindspeed_lora.training.report import check_tensorboard
 from mindspeed_lora.training.schedule import LearningRateSchedule, build_schedule
 from mindspeed_lora.training.sizes import RunSizes
 from mindspeed_lora.weights.config import Layout, ModelConfig
@@ -117,6 +118,7 @@ def plan_model(config: TrainConfig, world_size: int, start: StartPoint | None = 
     schedule = build_schedule(config.optimizer, config.train_iters, global_batch_size)
     start = start or find_start(config.load, config.lora is not None)
     check_save_folder(config.save.save, start)
+    check_tensorboard(config.save.tensorboard_dir)
     layout = run_layout(parallel)
     model = resolve_model_config(start.base, config.architecture, layout)
     check_expert_grid(dp_size, parallel.tensor_parallel_size, *parallel.expert_grid)
@@ -125,7 +127,7 @@ def plan_model(config: TrainConfig, world_size: int, start: StartPoint | None = 
     table.check_pipeline(parallel.pipeline_parallel_size, parallel.layers_per_virtual_stage)
     notes = list(start.notes)
     lora = _resolve_lora(config, start, table)
-    balance = balance_terms(config, model, notes)
+    balance = balance_terms(config, model, lora is not None, notes)
     if model.experts is not None and lora is None and not (balance and balance.aux):
         notes.append("no auxiliary loss balances the experts; --moe-aux-loss-coeff adds one")
     dtype = _dtype(config)
@@ -216,8 +218,16 @@ def _check_base_storage(config: TrainConfig, lora: LoraSpec | None, dp_size: int
         )
     if config.runtime.qlora and not config.dry_run:
         check_nf4()
-    if config.fsdp_base and dp_size == 1:
-        notes.append("--fsdp-base has no effect with one data-parallel rank: there is nothing to cut the base over")
+    if dp_size == 1:
+        cut = (
+            (config.fsdp_base, "--fsdp-base", "base"),
+            (config.optimizer.use_distributed_optimizer, "--use-distributed-optimizer", "state"),
+        )
+        notes += [
+            f"{flag} has no effect with one data-parallel rank: there is nothing to cut the {what} over"
+            for given, flag, what in cut
+            if given
+        ]
 
 
 def _pad_multiple(config: TrainConfig, model: ModelConfig, notes: list[str]) -> int:
@@ -247,14 +257,31 @@ def _open_data(
         dataset = open_pair_dataset(prefix, config.data.seq_length)
         notes += dataset.notes()
     splits = split_ranges(len(dataset), config.data.split)
-    if config.save.save_best and not splits[1]:
+    if config.eval_interval and not splits[1]:
         shares = ",".join(f"{share:g}" for share in config.data.split)
-        raise UsageError(f"--save-best: --split {shares} leaves none of the {len(dataset)} samples for validation; use --split 95,5,0")
+        why = f"--split {shares} leaves none of the {len(dataset)} samples for validation; use --split 95,5,0"
+        if config.save.save_best:
+            raise UsageError(f"--save-best: {why}")
+        notes.append(f"--eval-interval {config.eval_interval} has no effect: {why}")
     tokenizer = load_tokenizer(config.tokenizer, start.base.config_dir)
     check_data_manifest(dataset.manifest, tokenizer, config.template)
+    if dataset.manifest is None and (unchecked := _of_the_data(config)):
+        notes.append(f"{' '.join(unchecked)}: {dataset.prefix} has no manifest that says how it was made, so this is not checked")
     dataset.check_token_ids(model.vocab_size)
     log_first_sample(dataset.prefix, PAIR_KEYS if isinstance(dataset, PairDataset) else KEYS, splits[0][0], tokenizer, config.template)
     return dataset, splits, tokenizer
+
+
+def _of_the_data(config: TrainConfig) -> list[str]:
+    """The passed flags that only say how prepared data was made."""
+    template, data = config.template, config.data
+    said = (
+        ("--prompt-type", template.prompt_type),
+        ("--enable-thinking", template.enable_thinking),
+        ("--hf-chat-template", template.hf_chat_template),
+        ("--pack", data.pack),
+    )
+    return [flag for flag, value in said if value]
 
 
 def _prepared(config: TrainConfig, start: StartPoint, notes: list[str]) -> str | Path:
@@ -315,6 +342,9 @@ def _continued_state(config: TrainConfig, start: StartPoint, origin: dict[str, A
         CheckpointError: the data order of this run is another one than the saved position counts in.
     """
     if start.resume is None:
+        loads = (("--no-load-optim", config.load.load_optim), ("--no-load-rng", config.load.load_rng))
+        if idle := [flag for flag, load in loads if not load]:
+            notes.append(f"{' '.join(idle)}: no training state is continued, so there is nothing to leave out")
         return TrainerState(origin=origin)
     state = read_trainer_state(start.resume)
     state.origin.setdefault("stage", "sft")  # of runs before there was another one

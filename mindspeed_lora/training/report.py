@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mindspeed_lora.errors import DataError, UsageError
+from mindspeed_lora.errors import DataError, MindSpeedLoraError, UsageError
 from mindspeed_lora.files import write_text
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.training.balance import LayerUse
@@ -131,6 +133,7 @@ class Recorder:
 
     def __init__(self, folder: Path | None, tensorboard_dir: Path | None, start: int) -> None:
         self._metrics: Path | None = None
+        self._folders = " and ".join(str(each) for each in (folder, tensorboard_dir) if each is not None)
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -155,36 +158,57 @@ class Recorder:
             raise DataError(f"{self._metrics}: not a line of this program: {line.strip()[:80]!r}; remove the line or the file") from error
 
     def add(self, iteration: int, record: dict[str, Any], scalars: dict[str, float]) -> None:
-        """Append a line and the scalars."""
-        if self._metrics is not None:
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        if self._writer is not None:
-            for name, value in scalars.items():
-                self._writer.add_scalar(name, value, iteration)
-            self._writer.flush()
+        """Append a line and the scalars.
+
+        Raises:
+            MindSpeedLoraError: they cannot be written.
+        """
+        with self._writing():
+            if self._metrics is not None:
+                with self._metrics.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            if self._writer is not None:
+                for name, value in scalars.items():
+                    self._writer.add_scalar(name, value, iteration)
+                self._writer.flush()
 
     def close(self) -> None:
-        """Flush."""
+        """Flush; raises as :meth:`add`."""
         if self._writer is not None:
-            self._writer.close()
+            with self._writing():
+                self._writer.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MindSpeedLoraError(
+                f"the metrics cannot be written into {self._folders} ({error}); is the disk full? "
+                "Make room, and continue from the last checkpoint"
+            ) from error
 
 
 def _summary_writer(folder: Path, start: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UsageError(
-            f"--tensorboard-dir {folder}: the package tensorboard is not installed; pip install tensorboard, or leave the flag out"
-        ) from error
-    return SummaryWriter(str(folder), purge_step=start + 1)
+        return SummaryWriter(str(folder), purge_step=start + 1)
+    except OSError as error:
+        raise UsageError(f"--tensorboard-dir {folder}: nothing can be written there ({error}); give another folder") from error
 
 
 def tensorboard_installed() -> bool:
     """Whether scalars can be written."""
-    import importlib.util
-
     return importlib.util.find_spec("tensorboard") is not None
+
+
+def check_tensorboard(folder: Path | None) -> None:
+    """Raise UsageError where ``--tensorboard-dir`` is passed and the package is missing."""
+    if folder is not None and not tensorboard_installed():
+        raise UsageError(
+            f"--tensorboard-dir {folder}: the package tensorboard is not installed; pip install tensorboard, or leave the flag out"
+        )
 
 
 def print_block(title: str, lines: list[str]) -> None:
