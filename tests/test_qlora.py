@@ -19,6 +19,7 @@ from mindspeed_lora.parallel.context import build_context, single_process_contex
 from mindspeed_lora.parallel.grouped import GroupedLinear
 from mindspeed_lora.parallel.on_demand import BaseStorage
 from mindspeed_lora.parallel.pipeline import PipelineRunner
+from mindspeed_lora.weights.table import WeightTable
 
 UNIFORM = RecomputeFlags("full", "uniform", 1)
 
@@ -67,17 +68,23 @@ def test_it_is_exactly_a_run_on_the_decoded_weights(folder: Path, recompute: Rec
     assert found == expected and unequal == []
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "deepseek_v3"])
 @pytest.mark.parametrize(("dtype", "recompute"), [(torch.float32, RecomputeFlags()), (torch.bfloat16, UNIFORM)])
-def test_experts_in_4_bits_are_exactly_a_run_on_the_decoded_weights(tmp_path: Path, recompute: RecomputeFlags, dtype: torch.dtype) -> None:
+def test_experts_and_latents_in_4_bits_are_exactly_a_run_on_the_decoded_weights(
+    tmp_path: Path, family: str, recompute: RecomputeFlags, dtype: torch.dtype
+) -> None:
     """Every expert's two matrices, the shared expert's and attention's; the router and gates stay whole."""
     pytest.importorskip("bitsandbytes")
-    folder = make_model(tmp_path, "qwen2_moe")
+    folder = make_model(tmp_path, family)
     found, expected, unequal = compare(folder, 1, 1, False, recompute, dtype)
     assert found == expected and unequal == []
 
     context = single_process_context()
     held = build_engine(folder, make_storage=lambda: BaseStorage(context, Nf4(), False)).stages[0]
     assert held.storage is not None
+    table = WeightTable(held.model_config)
+    on_demand = {name for name, weight in held.named_parameters() if held.storage.holder(weight) is not None}
+    assert on_demand == {name for name, _ in held.named_parameters() if table.parse(name)[0].module and ".lora_" not in name}
     for layer in held.storage.layers:
         layer.fill()
     decoded = dict(held.named_parameters())
@@ -91,6 +98,13 @@ def test_an_expert_that_does_not_fill_its_blocks_is_refused() -> None:
     layer = GroupedLinear(2, 6, 10, torch.float32, torch.device("cpu"))
     with pytest.raises(UsageError, match=r"--qlora codes 64 values together, which \(10, 6\) of an expert does not fill"):
         BaseStorage(single_process_context(), Nf4(), False).take(layer, [layer.weight])
+
+
+def test_latents_in_4_bits_over_tp(pool: ProcessPool, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = make_model(tmp_path, "deepseek_v3")
+    for found, expected, unequal in pool.run(compare, 2, folder, 2, 1, False, RecomputeFlags(), torch.float32):
+        assert found == expected and unequal == []
 
 
 @pytest.mark.parametrize(("processes", "tp", "pp"), [(2, 1, 1), (4, 2, 1), (4, 1, 2)])

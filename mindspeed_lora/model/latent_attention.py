@@ -72,6 +72,11 @@ class LatentAttention(nn.Module):
             return self.linear_proj(self._behind_cache(query_nope, query_rope, torch.cat((latents, shared), dim=-1), attend))
         return self.linear_proj(self._expanded(query_nope, query_rope, latents, shared, attend))
 
+    def linears(self) -> list[ReplicatedLinear | ColumnParallelLinear | RowParallelLinear]:
+        """Whatever holds a matrix."""
+        queries = [] if self.shape.q_rank is None else [self.linear_q_up_proj]
+        return [self.linear_qkv, *queries, self.linear_kv_up_proj, self.linear_proj]
+
     def _latents_of_own_part(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``[s, b, h]`` (SP: s/t) -> queries ``[s, b, n/t (nope + rope)]``, normed latents ``[s, b, c]``, shared key ``[s, b, p]``."""
         queries, latents, shared = self.linear_qkv(hidden).split(self.sizes, dim=-1)

@@ -58,6 +58,10 @@ class SelfAttention(nn.Module):
             core = self._core(query, key, value, attend)
         return self.linear_proj(core.permute(2, 0, 1, 3).flatten(2))
 
+    def linears(self) -> list[ColumnParallelLinear | RowParallelLinear]:
+        """Whatever holds a matrix."""
+        return [self.linear_qkv, self.linear_proj]
+
     def _one_token(self, qkv: torch.Tensor, rotary: RotaryTables, decode: DecodeState) -> torch.Tensor:
         """One new position in each row: ``[1, b, (n/g + 2) g/t d]`` -> ``[1, b, n/t d]``, with as few kernels as it takes.
 
@@ -140,7 +144,7 @@ class TransformerLayer(nn.Module):
         """The weights of attention's and the MLP's linears, of stacked and shared experts too: nearly all of a layer."""
         blocks = (self.mlp.experts, self.mlp.shared_experts) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp,)
         linears = [linear for block in blocks if block is not None for linear in (block.linear_fc1, block.linear_fc2)]
-        return [linear.weight for linear in (self.self_attention.linear_qkv, self.self_attention.linear_proj, *linears)]
+        return [linear.weight for linear in (*self.self_attention.linears(), *linears)]
 
     def forward(self, hidden: torch.Tensor, rotary: RotaryTables, attend: Attend = None, balance: MicroBatch | None = None) -> torch.Tensor:
         """``[s, b, h]`` (SP: ``[s/t, b, h]``) -> the same."""

@@ -58,8 +58,6 @@ class Decoder(nn.Module):
         storage: BaseStorage | None,
     ) -> None:
         super().__init__()
-        if storage is not None and config.latent is not None:
-            raise UsageError("--fsdp-base and --qlora do not hold latent attention's linears; leave them out for this model")
         if storage is not None and storage.sharded and config.experts is not None:
             raise UsageError(
                 "--fsdp-base does not cut experts over data parallelism; use --expert-model-parallel-size, or --qlora without --fsdp-base"

@@ -60,7 +60,7 @@ def changes(sizes: RunSizes, machine: Machine) -> Iterator[tuple[str, RunSizes]]
         yield from _expert_layouts(sizes)
     elif sizes.lora and sizes.dp_size > 1 and not sizes.fsdp_base:
         yield "--fsdp-base", replace(sizes, fsdp_base=True)
-    if sizes.lora and not sizes.qlora and sizes.model.latent is None and not machine.name.startswith("atlas"):
+    if sizes.lora and not sizes.qlora and not machine.name.startswith("atlas"):
         yield "--qlora", replace(sizes, qlora=True)
 
 
