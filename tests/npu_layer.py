@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mindspeed_lora.device import torch_version
 from mindspeed_lora.lora.experts import GroupedLoraLinear
 from mindspeed_lora.lora.layers import ParallelLoraLinear
 from mindspeed_lora.model.decode import PackedDocuments
@@ -176,6 +177,9 @@ def check_experts() -> None:
         weights = torch.empty(LENGTH, 2, device="npu:0", requires_grad=True)
         output = experts(tokens, weights, torch.zeros(LENGTH, 2, dtype=torch.int64, device="npu:0"))
         assert output.shape == tokens.shape and output.dtype == tokens.dtype
+        if torch_version() < (2, 8):
+            print("experts: npu_grouped_matmul, forward alone: the fake kernel of torch_npu 2.7 refuses group_type 2")
+            return
         output.sum().backward()
         check_gradients(experts.parameters(), 4)
         assert tokens.grad is not None and weights.grad is not None and weights.grad.dtype == torch.float32

