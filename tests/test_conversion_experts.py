@@ -132,6 +132,23 @@ def test_a_peft_adapter_of_experts_becomes_a_megatron_adapter_and_comes_back(gro
     assert set(one) == set(two) and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
+def test_an_export_says_what_peft_leaves_out_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_model(tmp_path / "hf")
+    write_adapter(tmp_path / "lora", grouped=False)
+    export = dict(save_lora_to_hf=True, hf_cfg_dir=tmp_path / "hf")
+    said = "leaves out expert adapters on linear_fc1 alone; serve the merged model there"
+    with caplog.at_level("WARNING", logger="mindspeed_lora"):
+        run_convert("mg", "hf", tmp_path / "lora", tmp_path / "peft", **export)
+        assert said not in caplog.text
+        for path in (tmp_path / "lora").rglob("*.pt"):
+            saved = load_torch_file(path)
+            args = argparse.Namespace(**{**vars(saved["args"]), "lora_target_modules": ["linear_fc1"]})
+            model = {name: tensor.clone() for name, tensor in saved["model"].items() if "linear_fc1" in name}
+            torch.save({**saved, "args": args, "model": model}, path)
+        run_convert("mg", "hf", tmp_path / "lora", tmp_path / "fc1", **export)
+    assert said in caplog.text
+
+
 def test_experts_of_different_ranks_do_not_fit_one_tensor(tmp_path: Path) -> None:
     write_model(tmp_path / "hf")
     write_adapter(tmp_path / "lora", grouped=False)

@@ -228,6 +228,17 @@ def test_layouts_that_experts_do_not_fit_are_refused(
         plan_model(make_config(folder, global_batch_size=12, **changes), world)
 
 
+def test_a_run_says_at_its_start_what_peft_will_leave_out_of_its_saves(workspace: Path) -> None:
+    config = make_config(workspace)
+    lora = dataclasses.replace(config.lora, targets=("linear_fc1",))
+    for flags, said in ((config.lora, False), (lora, True), (None, False)):
+        notes = plan_model(dataclasses.replace(config, lora=flags), 1).notes
+        assert (
+            any("peft/ of a save: peft over transformers 5 leaves out expert adapters on linear_fc1 alone" in note for note in notes)
+            == said
+        )
+
+
 def test_a_dry_run_and_the_start_report_say_where_experts_lie(pool: ProcessPool, workspace: Path) -> None:
     config = make_config(workspace, parallel__expert_parallel_size=2, train_iters=1)
     assert "TP 1 x PP 1 x DP 2 (EP 2: 2 of 4 experts a rank)" in pool.run(run_training, 2, config)[0]

@@ -31,6 +31,7 @@ from mindspeed_lora.training.schedule import LearningRateSchedule, build_schedul
 from mindspeed_lora.training.sizes import RunSizes
 from mindspeed_lora.weights.config import Layout, ModelConfig
 from mindspeed_lora.weights.lora_spec import LoraSpec
+from mindspeed_lora.weights.peft_files import peft_gap
 from mindspeed_lora.weights.table import WeightTable
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -130,6 +131,8 @@ def plan_model(config: TrainConfig, world_size: int, start: StartPoint | None = 
     balance = balance_terms(config, model, lora is not None, notes)
     if model.experts is not None and lora is None and not (balance and balance.aux):
         notes.append("no auxiliary loss balances the experts; --moe-aux-loss-coeff adds one")
+    if lora is not None and (gap := peft_gap(table, lora)):
+        notes.append(f"peft/ of a save: {gap}")
     dtype = _dtype(config)
     if not config.dry_run:  # which does without weights
         notes += router_notes(start.base, table, dtype)
