@@ -30,6 +30,7 @@ from mindspeed_lora.arguments.configs import (
     LoadFlags,
     LoraFlags,
     LossScaleFlags,
+    OptimizerFlags,
     ParallelFlags,
     RuntimeFlags,
     TemplateFlags,
@@ -45,6 +46,7 @@ from mindspeed_lora.parallel.context import build_context, single_process_contex
 from mindspeed_lora.training.flat import FlatLayout, TrainedParameter
 from mindspeed_lora.training.gradients import FlatGradients
 from mindspeed_lora.training.loss_scale import LossScaler, build_scaler
+from mindspeed_lora.training.optimizer import build_updates
 
 FLAGS = LossScaleFlags(initial=64.0, minimum=4.0, window=3, hysteresis=2)
 
@@ -143,6 +145,23 @@ def unscaled(bad: float, sharded: bool) -> tuple[bool, float]:
 def test_every_rank_hears_of_one_ranks_overflow(pool: ProcessPool, bad: float, sharded: bool) -> None:
     assert pool.run(unscaled, 2, bad, sharded) == [(False, 1.5)] * 2
     assert pool.run(unscaled, 2, 8.0, sharded) == [(True, 1.5)] * 2
+
+
+def unscaled_experts(bad_rank: int) -> bool:
+    """What unscale says where only ``bad_rank`` has an infinity, among its experts' gradients."""
+    context = build_context(torch.device("cpu"), expert_parallel_size=2)
+    trained = [TrainedParameter("w", nn.Parameter(torch.ones(4))), TrainedParameter("e", nn.Parameter(torch.ones(4)), of_expert=True)]
+    gradients, _ = build_updates(trained, context, OptimizerFlags(use_distributed_optimizer=True))
+    for part in gradients.parts:
+        part.own.fill_(1.0)
+    if context.rank == bad_rank:
+        gradients.parts[1].own[0] = math.inf
+    return gradients.unscale(4.0)
+
+
+def test_every_rank_hears_of_an_overflow_among_experts(pool: ProcessPool) -> None:
+    """DP 4 with two pairs of ranks that share the experts out."""
+    assert [pool.run(unscaled_experts, 4, bad_rank) for bad_rank in (0, 3, -1)] == [[False] * 4, [False] * 4, [True] * 4]
 
 
 def test_a_stage_that_trains_nothing_has_no_overflow() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from training_helpers import make_config
 
+from mindspeed_lora.arguments.configs import TemplateFlags
 from mindspeed_lora.arguments.parser import parse
 from mindspeed_lora.parallel.context import ExpertGrid, ParallelContext
 from mindspeed_lora.training.ending import next_commands
@@ -45,13 +46,13 @@ def test_the_next_commands_ask_at_the_run_s_layout(layout: str, tmp_path: Path) 
     for name in ("base", "saved"):
         (tmp_path / name).mkdir()
     plan: Any = SimpleNamespace(
-        config=SimpleNamespace(save=SimpleNamespace(save=tmp_path / "saved", lora_ckpt_filter=True)),
+        config=SimpleNamespace(save=SimpleNamespace(save=tmp_path / "saved", lora_ckpt_filter=True), template=TemplateFlags("qwen3")),
         lora=object(),
         start=SimpleNamespace(base=SimpleNamespace(path=tmp_path / "base", kind="mg")),
         dataset=SimpleNamespace(manifest=None),
     )
     ask, export = next_commands(plan, context)
-    assert expected in ask
+    assert expected in ask and "--prompt-type qwen3" in ask, "data without a manifest has the template of the flags"
     for command in (ask, export):
         words = shlex.split(command.partition(":")[2])
         place = next(index for index, word in enumerate(words) if word.endswith(".py"))

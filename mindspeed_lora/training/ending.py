@@ -5,11 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mindspeed_lora.checkpoint.together import gather_from_all
-from mindspeed_lora.data.chat_template import template_words
+from mindspeed_lora.data.chat_template import HF_CHAT_TEMPLATE, template_words
 from mindspeed_lora.device import peak_memory_bytes
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.parallel.context import ParallelContext
@@ -52,6 +53,14 @@ def _device_name(device: torch.device) -> str:
     return "" if device.type == "cpu" else str(torch.get_device_module(device).get_device_name(device))
 
 
+def _template(plan: TrainingPlan) -> dict[str, Any]:
+    """What the data says of its template, or the flags where it has no manifest to say it (then the adapter has none either)."""
+    if plan.dataset.manifest is not None:
+        return plan.dataset.manifest.template or {}
+    flags = plan.config.template
+    return {"name": HF_CHAT_TEMPLATE if flags.hf_chat_template else flags.prompt_type}
+
+
 def next_commands(plan: TrainingPlan, context: ParallelContext) -> list[str]:
     """Asking the model at this layout, and exporting it, with the paths of this run."""
     save = plan.config.save.save
@@ -62,8 +71,7 @@ def next_commands(plan: TrainingPlan, context: ParallelContext) -> list[str]:
     adapter = ["--lora-load", str(save.resolve())] if plan.lora is not None else []
     if plan.lora is not None and not lora_only:
         base, adapter = save.resolve(), []
-    template = (plan.dataset.manifest.template if plan.dataset.manifest else None) or {}
-    prompt_type = template_words(template)
+    prompt_type = template_words(_template(plan))
     replica = context.tp_size * context.pp_size * context.dp_ranks_of_replica
     launch = ["torchrun", "--nproc_per_node", str(replica), "inference.py"] if replica > 1 else ["python", "inference.py"]
     layout = ["--tensor-model-parallel-size", str(context.tp_size), "--pipeline-model-parallel-size", str(context.pp_size)]
