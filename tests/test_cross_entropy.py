@@ -88,3 +88,22 @@ def test_no_tensor_is_as_large_as_the_logits(monkeypatch: pytest.MonkeyPatch) ->
         cross_entropy.linear_cross_entropy(hidden, weight, torch.arange(tokens), vocabulary, single_process_context()).sum().backward()
     assert largest <= max(tokens * 256 * 4, weight.nbytes)
     assert largest < tokens * vocabulary * 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "tolerance"), [(torch.float16, 2.0**16, 3e-3), (torch.bfloat16, 1.0, 2e-2), (torch.float32, 1.0, 1e-5)]
+)
+def test_sure_tokens_keep_their_gradient(dtype: torch.dtype, scale: float, tolerance: float) -> None:
+    """Losses near 1e-5: nearly the whole sum is the target's, beside which 16 bits lose the others; fp16 loses them without the scale."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (0.02 * torch.randn(512, 64, generator=generator)).to(dtype)
+    target = torch.randint(512, (TOKENS,), generator=generator)
+    hidden = (20 * weight[target] / weight[target].float().square().sum(1, keepdim=True)).to(dtype).requires_grad_()
+    losses = cross_entropy.linear_cross_entropy(hidden, weight, target, 512, single_process_context())
+    (losses.sum() * scale).backward()
+    exact = hidden.detach().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact @ weight.double().t(), target, reduction="none")
+    expected.sum().backward()
+    assert hidden.grad is not None and exact.grad is not None and hidden.grad.dtype == dtype and 0 < expected.detach().mean() < 1e-4
+    assert (hidden.grad.double() / scale - exact.grad).norm() <= tolerance * exact.grad.norm()
+    assert dtype == torch.bfloat16 or torch.allclose(losses.double(), expected, rtol=0.02, atol=0.0)

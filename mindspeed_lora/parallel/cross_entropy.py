@@ -1,14 +1,15 @@
 """The language-model head and its loss in one function, so that ``[tokens, vocabulary]`` logits never exist.
 
-One sweep over this rank's rows W of the head, a block at a time, as flash attention sweeps over keys (m, l, G start at -inf, 0, 0):
+One sweep over this rank's rows W of the head but the target's, a block at a time, as flash attention sweeps over keys:
 
     z = hidden W_block^T in fp32                   m' = max(m, rowmax z)
     l = l e^(m - m') + rowsum e^(z - m')           G = G e^(m - m') + e^(z - m') W_block
 
-Then -log p = log l + m - z_target and its gradient with respect to hidden is G / l - W_target; over tp ranks m is a maximum, l
-and z_target are sums: two small collectives per chunk of tokens. Only trained positions come in, so prompt and padding cost
-nothing. Backward scales the stored gradient by what arrives per token; a trained head forms its weight gradient there, block
-by block, from the logits computed once more.
+Then, with d = log l + m - z_target, -log p = log(1 + e^d), and its gradient with respect to hidden is sigmoid(d) (G / l - W_target).
+The target stands apart because it is nearly the whole softmax of a sure token, beside which 16-bit products round the others away.
+Over tp ranks m is a maximum, l and z_target are sums: two small collectives per chunk of tokens. Only trained positions come in, so
+prompt and padding cost nothing. Backward scales the stored gradient by what arrives per token; a trained head forms its weight
+gradient there, block by block, from the logits computed once more.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from mindspeed_lora.ops.products import product_dtype
 from mindspeed_lora.parallel.collectives import all_reduce
@@ -88,7 +90,7 @@ def _sweep(
     """(-log p of the target ``[n]``, log of the softmax's sum ``[n]``, gradient of hidden ``[n, h]`` or None), fp32 or wider."""
     wide = hidden.to(product_dtype(hidden))
     statistics = torch.promote_types(hidden.dtype, torch.float32)
-    largest = hidden.new_full((hidden.shape[0],), float("-inf"), dtype=statistics)
+    largest = hidden.new_full((hidden.shape[0],), torch.finfo(statistics).min, dtype=statistics)
     total = torch.zeros_like(largest)
     target_logit = torch.zeros_like(largest)
     grad = torch.zeros(hidden.shape, dtype=statistics, device=hidden.device) if with_grad else None
@@ -96,8 +98,10 @@ def _sweep(
     for columns, block in part.blocks(hidden.shape[0], wide.dtype):
         logits = _logits(wide, block)
         inside = here & (local >= columns.start) & (local < columns.stop)
-        picked = logits.gather(1, (local - columns.start).clamp(0, block.shape[0] - 1).unsqueeze(1)).squeeze(1)
-        target_logit += picked.masked_fill_(~inside, 0.0)
+        column = (local - columns.start).clamp(0, block.shape[0] - 1).unsqueeze(1)
+        picked = logits.gather(1, column)
+        target_logit += picked.squeeze(1).masked_fill(~inside, 0.0)
+        logits.scatter_(1, column, picked.masked_fill_(inside.unsqueeze(1), float("-inf")))
         risen = torch.maximum(largest, logits.amax(dim=1))
         shrink = (largest - risen).exp_()
         exponentials = logits.sub_(risen.unsqueeze(1)).exp_()
@@ -117,15 +121,17 @@ def _over_ranks(
     local: torch.Tensor,
     here: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Join the ranks' sweeps; a rank of nothing but padding brings m = -inf and sums of 0."""
+    """Join the ranks' sweeps; a rank of nothing but padding brings the smallest m and sums of 0."""
     everywhere = all_reduce(largest.clone(), part.group, dist.ReduceOp.MAX)
     shrink = (largest - everywhere).exp_()
     total, target_logit = all_reduce(torch.stack([total * shrink, target_logit]), part.group)
+    surplus = total.log().add_(everywhere).sub_(target_logit)
     if grad is not None:
-        grad.mul_((shrink / total).unsqueeze(1))
-        grad.addcmul_(part.weight[local].to(grad.dtype), here.to(grad.dtype).unsqueeze(1), value=-1)
-    log_sum = total.log().add_(everywhere)
-    return log_sum - target_logit, log_sum, grad
+        missed = surplus.sigmoid()  # 1 - p
+        grad.mul_((missed * shrink / total).unsqueeze(1))
+        grad.addcmul_(part.weight[local].to(grad.dtype), (missed * here).unsqueeze(1), value=-1)
+    losses = F.softplus(surplus)
+    return losses, losses + target_logit, grad
 
 
 def _weight_grad(part: _Slice, hidden: torch.Tensor, target: torch.Tensor, log_sum: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -159,12 +165,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         part = _Slice(weight, vocab_size, context)
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         log_sums = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
-        hidden_grad = torch.empty_like(hidden) if need_hidden_grad else None
+        kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # the loss scale, which fp16 needs, comes in backward
+        hidden_grad = torch.empty_like(hidden, dtype=kept) if need_hidden_grad else None
         for rows in part.chunks(hidden.shape[0]):
             losses[rows], log_sums[rows], grad = _sweep(part, hidden[rows], target[rows], need_hidden_grad)
             if hidden_grad is not None and grad is not None:
                 hidden_grad[rows] = grad
-        ctx.vocab_size, ctx.context = vocab_size, context
+        ctx.vocab_size, ctx.context, ctx.dtype = vocab_size, context, hidden.dtype
         ctx.save_for_backward(hidden_grad, target, *((hidden, weight, log_sums) if weight.requires_grad else ()))
         return losses
 
@@ -175,7 +182,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             hidden, weight, log_sums = trained
             weight_grad = _weight_grad(_Slice(weight, ctx.vocab_size, ctx.context), hidden, target, log_sums, grad)
-        scaled = None if hidden_grad is None else (hidden_grad * grad.unsqueeze(1)).to(hidden_grad.dtype)
+        scaled = None if hidden_grad is None else (hidden_grad * grad.unsqueeze(1)).to(ctx.dtype)
         return scaled, weight_grad, None, None, None, None
 
 
