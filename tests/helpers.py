@@ -113,6 +113,18 @@ def make_model(path: Path, family: str = "qwen3", dtype: str = "float32", seed: 
     return Path(path)
 
 
+class ModelFolders(dict[str, Path]):
+    """Random models by family, made when first asked for: a test is skipped where transformers lacks its own family, and only there."""
+
+    def __init__(self, root: Path, **overrides: Any) -> None:
+        super().__init__()
+        self.root, self.overrides = root, overrides
+
+    def __missing__(self, family: str) -> Path:
+        self[family] = make_model(self.root / family, family, **self.overrides)
+        return self[family]
+
+
 def tiny_qwen3(path: Path, tied: bool = False, **overrides: Any) -> Path:
     """A random Qwen3 folder."""
     return make_model(path, "qwen3", tie_word_embeddings=tied, **overrides)

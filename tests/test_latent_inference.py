@@ -9,7 +9,7 @@ import pytest
 import torch
 from data_helpers import tiny_tokenizer
 from engine_helpers import batch, build_engine
-from helpers import make_model
+from helpers import ModelFolders
 from pool import ProcessPool
 from test_inference_engine import by_transformers, compare, logits_cell
 from test_latent_parity import FAMILIES, LITE, V2, V3, spec_of
@@ -25,8 +25,7 @@ LITE_SHAPE = LatentShape(None, 512, 128, 64, 128)  # DeepSeek-V2-Lite's
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("latent")
-    return {family: make_model(root / family, family, num_hidden_layers=2) for family in FAMILIES}
+    return ModelFolders(tmp_path_factory.mktemp("latent"), num_hidden_layers=2)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from engine_helpers import TARGETS, batch, build_engine
 from experts_helpers import expected_lora_gradients, merged_folder, reference, reference_gradients
-from helpers import make_model
+from helpers import ModelFolders
 from test_experts_parity import LAYOUTS, _parts
 
 from mindspeed_lora.arguments.configs import RecomputeFlags
@@ -32,8 +32,7 @@ def spec_of(family: str) -> LoraSpec:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("latent")
-    return {family: make_model(root / family, family, num_hidden_layers=2) for family in FAMILIES}
+    return ModelFolders(tmp_path_factory.mktemp("latent"), num_hidden_layers=2)
 
 
 def _gradient_cell(folder: Path, layout: tuple[int, int, bool], lora: LoraSpec | None, fusion: bool) -> dict[str, Any]:

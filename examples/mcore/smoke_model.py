@@ -53,6 +53,8 @@ def make_model(family: str, folder: Path) -> int:
     import transformers
 
     name, fields = FAMILIES[family]
+    if not hasattr(transformers, name):
+        raise SystemExit(f"transformers {transformers.__version__} has no {name}: the smoke mode of {family} needs a newer one")
     folder.mkdir(parents=True, exist_ok=True)
     runpy.run_path(str(QUICKSTART / "make_model.py"))["make_tokenizer"](folder)
     torch.manual_seed(0)
