@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mindspeed_lora.checkpoint.start import StartPoint, check_save_folder
-from mindspeed_lora.errors import DataError, MindSpeedLoraError, UsageError
+from mindspeed_lora.errors import DataError, UsageError
+from mindspeed_lora.log import get_logger
 from mindspeed_lora.training import report
 from mindspeed_lora.training.report import METRICS_NAME, Recorder, check_tensorboard
 
@@ -55,11 +58,26 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_foreign_line_is_named(tm
     assert path.read_text() == before
 
 
-def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
+def test_a_full_disk_costs_metrics_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(get_logger(), "propagate", True)
     (tmp_path / METRICS_NAME).symlink_to("/dev/full")
+    Recorder(tmp_path, None, 0).add(1, {"iteration": 1}, {})
+    assert re.fullmatch(f"metrics are lost: they cannot be written into {tmp_path} .*No space left.*", caplog.messages[0])
+
+
+def test_half_a_line_of_metrics_is_taken_back(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     recorder = Recorder(tmp_path, None, 0)
-    with pytest.raises(MindSpeedLoraError, match=f"cannot be written into {tmp_path} .*No space left.*continue from the last checkpoint"):
-        recorder.add(1, {"iteration": 1}, {})
+    recorder.add(1, {"iteration": 1}, {})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (25, limits[1]))
+        recorder.add(2, {"iteration": 2}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    recorder.add(3, {"iteration": 3}, {})
+    assert (tmp_path / METRICS_NAME).read_text() == '{"iteration": 1}\n{"iteration": 3}\n'
 
 
 def test_tensorboard_is_checked_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mindspeed_lora.errors import DataError, MindSpeedLoraError, UsageError
+from mindspeed_lora.errors import DataError, UsageError
 from mindspeed_lora.files import write_text
 from mindspeed_lora.log import get_logger
 from mindspeed_lora.training.balance import LayerUse
@@ -158,35 +159,39 @@ class Recorder:
             raise DataError(f"{self._metrics}: not a line of this program: {line.strip()[:80]!r}; remove the line or the file") from error
 
     def add(self, iteration: int, record: dict[str, Any], scalars: dict[str, float]) -> None:
-        """Append a line and the scalars.
-
-        Raises:
-            MindSpeedLoraError: they cannot be written.
-        """
-        with self._writing():
+        """Append a line and the scalars; where that fails, training goes on without them, and a warning says so."""
+        with self._warning():
             if self._metrics is not None:
-                with self._metrics.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+                self._append(self._metrics, json.dumps(record) + "\n")
             if self._writer is not None:
                 for name, value in scalars.items():
                     self._writer.add_scalar(name, value, iteration)
                 self._writer.flush()
 
     def close(self) -> None:
-        """Flush; raises as :meth:`add`."""
+        """Flush."""
         if self._writer is not None:
-            with self._writing():
+            with self._warning():
                 self._writer.close()
 
+    @staticmethod
+    def _append(path: Path, line: str) -> None:
+        """The whole line, or none of it."""
+        before = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, before)
+            raise
+
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _warning(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise MindSpeedLoraError(
-                f"the metrics cannot be written into {self._folders} ({error}); is the disk full? "
-                "Make room, and continue from the last checkpoint"
-            ) from error
+            get_logger().warning(f"metrics are lost: they cannot be written into {self._folders} ({error}); is the disk full?")
 
 
 def _summary_writer(folder: Path, start: int) -> Any:
