@@ -17,11 +17,13 @@ from training_helpers import TARGETS, change, losses, make_config, make_workspac
 
 from mindspeed_lora.arguments.configs import LoraFlags, TrainConfig
 from mindspeed_lora.errors import MindSpeedLoraError, UsageError
+from mindspeed_lora.manifest import read_manifest, verify_parts
 from mindspeed_lora.parallel.context import build_context, single_process_context
 from mindspeed_lora.training.flat import TrainedParameter
 from mindspeed_lora.training.guards import check_finite, check_replicas
 from mindspeed_lora.training.preflight import plan_training
 from mindspeed_lora.training.report import IterationReport
+from mindspeed_lora.weights.sources import open_adapter
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,16 @@ def test_manifest_says_what_the_next_step_needs(run: tuple[str, Path], workspace
     assert manifest["lora"] == {"r": 4, "alpha": 8.0, "targets": list(TARGETS)}
     assert manifest["base"]["path"] == str(workspace / "model") and manifest["base"]["fingerprint"].startswith("sha256:")
     assert {part["file"] for part in manifest["parts"]} >= {"mp_rank_00/model_optim_rng.pt", "peft/adapter_model.safetensors"}
+
+
+def test_the_peft_folder_alone_knows_its_base_and_form(run: tuple[str, Path]) -> None:
+    folder = run[1] / "iter_0000002"
+    own, whole = read_manifest(folder / "peft"), read_manifest(folder)
+    assert own is not None and whole is not None and own.kind == "adapter" and own.base
+    assert [own.base, own.lora, own.template, own.tokenizer] == [whole.base, whole.lora, whole.template, whole.tokenizer]
+    assert open_adapter(folder / "peft").base_reference == own.base, "so that another base is refused"
+    verify_parts(folder / "peft", own)
+    assert {part.file for part in own.parts} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_peft_loads_the_exported_adapter_and_gives_our_loss(run: tuple[str, Path], workspace: Path) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -133,12 +133,16 @@ def _finish(target: SaveTarget, staging: Path, state: TrainerState, table: Weigh
     name = iteration_directory_name(state.iteration)
     folder = staging / name
     companions = copy_companions(target.config_dir, target.tokenizer_dir, staging)
+    manifest = _manifest(target, folder, state, table)
     if target.lora is not None:
-        write_peft_folder(folder / PEFT_FOLDER, folder, table, target.lora, Path(target.base["path"]))
-        parts = parts + [part_of(folder, path) for path in sorted((folder / PEFT_FOLDER).iterdir())]
+        peft = folder / PEFT_FOLDER
+        write_peft_folder(peft, folder, table, target.lora, Path(target.base["path"]))
+        own = [part_of(peft, path) for path in sorted(peft.iterdir())]
+        write_manifest(peft, replace(manifest, kind="adapter", layout=None, fingerprint=None, parts=own))
+        parts = parts + [part_of(folder, path) for path in sorted(peft.iterdir())]
     state_parts = sorted(state_parts, key=lambda part: part.file)
     write_manifest(folder / RESUME_FOLDER, Manifest(kind="resume", iteration=state.iteration, parts=state_parts))
-    write_manifest(folder, _manifest(target, folder, state, table, parts))
+    write_manifest(folder, replace(manifest, parts=sorted(parts, key=lambda part: part.file)))
     for companion in companions:
         if not (target.folder / companion).exists():
             (staging / companion).replace(target.folder / companion)
@@ -157,7 +161,8 @@ def _finish(target: SaveTarget, staging: Path, state: TrainerState, table: Weigh
         remove_old(target.folder, state.iteration, target.total_limit, state.best_iteration)
 
 
-def _manifest(target: SaveTarget, folder: Path, state: TrainerState, table: WeightTable, parts: list[Part]) -> Manifest:
+def _manifest(target: SaveTarget, folder: Path, state: TrainerState, table: WeightTable) -> Manifest:
+    """Without the parts."""
     return Manifest(
         kind="adapter" if target.lora_only else "base",
         model=asdict(target.config),
@@ -167,7 +172,6 @@ def _manifest(target: SaveTarget, folder: Path, state: TrainerState, table: Weig
         base=target.base,
         fingerprint=None if target.lora_only else open_base(folder).fingerprint(table),
         iteration=state.iteration,
-        parts=sorted(parts, key=lambda part: part.file),
         counts={"consumed_samples": state.consumed_samples, "skipped_samples": state.skipped_samples},
         **target.described,  # type: ignore[arg-type]
     )
