@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from mindspeed_lora.arguments.configs import (
     TokenizerFlags,
 )
 from mindspeed_lora.errors import MindSpeedLoraError
+
+Items = dict[tuple[str, int], list[Any]]
+"""(task, document) -> log-likelihoods or texts of its requests."""
 
 ALL = ("mmlu", "ceval", "cmmlu", "gsm8k", "boolq", "hellaswag", "bbh", "agieval", "human_eval")
 SUBJECTS = {"mmlu": ("abstract_algebra", "anatomy"), "ceval": ("art_studies",), "cmmlu": ("arts",)}
@@ -111,8 +115,8 @@ def run_evaluate(config: EvaluationConfig) -> tuple[int, str]:
     return code, out.getvalue()
 
 
-def items_of(samples: dict[str, list[dict[str, Any]]]) -> dict[tuple[str, int], list[Any]]:
-    """(task, document) -> log-likelihoods or texts of its requests."""
+def items_of(samples: dict[str, list[dict[str, Any]]]) -> Items:
+    """What lm_eval logs of each item."""
     return {
         (task, sample["doc_id"]): [response[0][0] if isinstance(response[0], list | tuple) else response[0] for response in sample["resps"]]
         for task, own in samples.items()
@@ -120,10 +124,16 @@ def items_of(samples: dict[str, list[dict[str, Any]]]) -> dict[tuple[str, int], 
     }
 
 
-def written_items(folder: Path, prefix: str = "samples_") -> dict[tuple[str, int], list[Any]]:
+def written_items(folder: Path, prefix: str = "samples_") -> Items:
     """The same from ``samples_<task>.jsonl``."""
     files = [path for path in sorted(folder.glob(f"{prefix}*.jsonl")) if prefix != "samples_" or not path.name.startswith("samples_base_")]
     return items_of({path.stem.removeprefix(prefix): [json.loads(line) for line in path.read_text().splitlines()] for path in files})
+
+
+def log_likelihoods(items: Items, tasks: Iterable[str]) -> torch.Tensor:
+    """Of the items of ``tasks``, float64 ``[n]``, in an order that does not depend on who answered them."""
+    chosen = [items[item] for item in sorted(items) if item[0] in set(tasks) and not isinstance(items[item][0], str)]
+    return torch.tensor([value for values in chosen for value in values], dtype=torch.float64)
 
 
 def peft_adapter(base: Path, folder: Path) -> Any:
@@ -150,7 +160,7 @@ def peft_adapter(base: Path, folder: Path) -> Any:
     return model.merge_and_unload().eval()
 
 
-def reference_items(config: EvaluationConfig, model: Any) -> tuple[dict[tuple[str, int], list[Any]], list[Any]]:
+def reference_items(config: EvaluationConfig, model: Any) -> tuple[Items, list[Any]]:
     """lm_eval's transformers backend on the same jobs: items, and the results of each job."""
     import transformers
     from lm_eval.models.huggingface import HFLM
@@ -164,7 +174,7 @@ def reference_items(config: EvaluationConfig, model: Any) -> tuple[dict[tuple[st
             return super().generate_until(requests, disable_tqdm)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.tokenizer.name_or_path)
-    found: dict[tuple[str, int], list[Any]] = {}
+    found: Items = {}
     results = []
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         lm = Short(pretrained=model, tokenizer=tokenizer, batch_size=config.evaluation_batch_size or 2)

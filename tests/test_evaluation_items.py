@@ -1,5 +1,14 @@
 """Every item of every benchmark, at every layout, equals lm_eval's own transformers backend on the merged model.
 
+Texts are equal. Log-likelihoods (fp32) are to be within 1e-4 of each other, and of float64. For long continuations lm_eval's cannot be:
+it adds up n log-probabilities in fp32, and every addition rounds by up to half a spacing of the sum so far, 2^-24 of its size. From the
+last addition alone the result x is off by up to 2^-24 |x| (5e-5 at |x| = 840, 1e-4 at 1,700), from all n of them by sqrt(n) times that
+where roundings are like random steps (1e-4 at 170 for n = 100), and the logits' own errors come on top. So lm_eval itself says where
+1e-4 is possible, by how far it is from float64 among the values of one size (between two powers of two: one fp32 spacing):
+
+    nowhere by more than 1e-4    each of ours is within 1e-4 of float64, and of lm_eval's too where that has not used up its half of it
+    somewhere by more            ours are no farther from float64 than lm_eval's, the farthest as well as on the (quadratic) average
+
 By default all benchmarks at six layouts with a tiny Qwen3; ``-m full`` also stories260k, and a tiny Qwen3 with Qwen's own tokenizer.
 """
 
@@ -7,24 +16,45 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from evaluation_helpers import ALL, config_for, peft_adapter, reference_items, run_evaluate, small_benchmarks, written_items
-from helpers import shared_data, tiny_qwen3, weights_in
+from evaluation_helpers import (
+    ALL,
+    Items,
+    config_for,
+    log_likelihoods,
+    peft_adapter,
+    reference_items,
+    run_evaluate,
+    small_benchmarks,
+    written_items,
+)
+from float64_helpers import float64_model
+from helpers import shared_data, tiny_qwen3
 from pool import ProcessPool
 
 from mindspeed_lora.arguments.configs import LORA_TARGETS, EvaluationConfig, LoadFlags, LoraFlags, TokenizerFlags
 
 LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 1), (4, 2, 2), (4, 1, 2)]
 ANSWER_TOKENS = 6
-LONG = 400.0  # from here on 1e-4 is at most three fp32 roundings of the value, and both sides lie farther than that from float64
-ROUNDINGS = 32 * 2.0**-23  # of such a value; seen: 13 (each side alone is up to 6 from float64: test_evaluation_precision.py)
-BF16 = 0.012  # of a log-likelihood; seen: 0.006
+TOLERANCE = 1e-4
 MODELS = ("qwen3", "stories260k", "qwen3-own-tokenizer")
+RANKED = ("mmlu", "ceval", "cmmlu", "boolq", "hellaswag", "agieval")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """``items``, ``results``: lm_eval's transformers backend on the merged model in fp32; ``exact``: its log-likelihoods in float64."""
+
+    folder: Path
+    adapter: Path
+    items: Items
+    results: list[Any]
+    exact: Items
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +70,11 @@ def job_for(model: str, folder: Path, data: Path, **changes: Any) -> EvaluationC
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Any:
-    """model -> (folder, adapter, items and results by HFLM on the merged model), made once."""
-    made: dict[str, Any] = {}
+def references(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Callable[[str], Reference]:
+    """Of a model, made once."""
+    made: dict[str, Reference] = {}
 
-    def get(model: str) -> Any:
+    def get(model: str) -> Reference:
         if model not in made:
             folder = tmp_path_factory.mktemp(model)
             if model == "stories260k":
@@ -54,76 +84,71 @@ def references(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Any:
             else:
                 tiny_qwen3(folder, vocab_size=151936, max_position_embeddings=4096)
             adapter = tmp_path_factory.mktemp(f"{model}-adapter")
-            made[model] = (folder, adapter, *reference_items(job_for(model, folder, data), peft_adapter(folder, adapter)))
+            items, results = reference_items(job_for(model, folder, data), peft_adapter(folder, adapter))
+            exact, _ = reference_items(job_for(model, folder, data, tasks=RANKED), float64_model(folder, adapter))
+            made[model] = Reference(folder, adapter, items, results, exact)
         return made[model]
 
     return get
 
 
-def check_against(model: str, references: Any, pool: ProcessPool, data: Path, output: Path, layout: tuple[int, int, int]) -> None:
+def check_against(model: str, reference: Reference, pool: ProcessPool, data: Path, output: Path, layout: tuple[int, int, int]) -> None:
     world, tp, pp = layout
-    folder, adapter, expected, results = references(model)
     lora = LoraFlags(4, 8.0, LORA_TARGETS, fusion=True) if tp == 2 else None
-    config = job_for(model, folder, data, tp=tp, pp=pp, output=output, load=LoadFlags(load=folder, lora_load=adapter), lora=lora)
+    load = LoadFlags(load=reference.folder, lora_load=reference.adapter)
+    config = job_for(model, reference.folder, data, tp=tp, pp=pp, output=output, load=load, lora=lora)
     answers = pool.run(run_evaluate, world, replace(config, evaluation_batch_size=None if world == 1 else 2))
     assert [code for code, _ in answers] == [0] * world, answers[0][1]
     assert all(text == "" for _, text in answers[1:]), "only the first driver prints"
     found = written_items(output)
-    assert found.keys() == expected.keys() and len(found) > 20
-    for item, values in expected.items():
-        if isinstance(values[0], str):
-            assert found[item] == values, item
-        else:
-            for ours, theirs in zip(found[item], values, strict=True):
-                assert abs(ours - theirs) <= (1e-4 if abs(theirs) < LONG else ROUNDINGS * abs(theirs)), (item, ours, theirs)
-    for result in results:
+    assert found.keys() == reference.items.keys() and len(found) > 20
+    assert all(found[item] == values for item, values in reference.items.items() if isinstance(values[0], str))
+    sides = (found, reference.items, reference.exact)
+    for result in reference.results:
+        if result.name in RANKED:
+            report(f"{model}, {result.name}, world {world} tp {tp} pp {pp}", *(log_likelihoods(side, result.samples) for side in sides))
         right = sum(value for task in result.samples for value in result.items(task).values())
         count = sum(len(result.items(task)) for task in result.samples)
         assert f"{result.name} acc = {right:g}/{count}={right / count}" in answers[0][1].splitlines()
+    check_log_likelihoods(*(log_likelihoods(side, {task for task, _ in reference.exact}) for side in sides))
+
+
+def report(name: str, ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> None:
+    """The numbers of docs/evaluation.md; float64 ``[n]`` each."""
+    sizes = (float(x.abs().max()) for x in (exact, ours - theirs, ours - exact, theirs - exact))
+    print(
+        f"{name}: {len(exact)} values up to {{:.0f}}; ours - lm_eval {{:.1e}}, ours - float64 {{:.1e}}, lm_eval - float64 {{:.1e}}".format(
+            *sizes
+        )
+    )
+
+
+def check_log_likelihoods(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> None:
+    """float64 ``[n]`` each; the rule is the module's."""
+    between, of_ours, of_theirs = ((a - b).abs() for a, b in ((ours, theirs), (ours, exact), (theirs, exact)))
+    classes = exact.abs().clamp(min=1.0).log2().floor()
+    far = torch.zeros(len(exact), dtype=torch.bool)
+    for each in classes.unique():
+        far |= (classes == each) & (of_theirs[classes == each].max() > TOLERANCE)
+    assert not far.all()
+    assert of_ours[~far].max() <= TOLERANCE
+    assert between[~far & (of_theirs <= TOLERANCE / 2)].max() <= TOLERANCE
+    if far.any():
+        assert of_ours[far].max() <= of_theirs[far].max()
+        assert of_ours[far].square().mean() <= of_theirs[far].square().mean()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_item_equals_lm_evals_transformers_backend(
-    pool: ProcessPool, tmp_path: Path, data: Path, references: Any, layout: tuple[int, int, int]
+    pool: ProcessPool, tmp_path: Path, data: Path, references: Callable[[str], Reference], layout: tuple[int, int, int]
 ) -> None:
-    check_against("qwen3", references, pool, data, tmp_path, layout)
+    check_against("qwen3", references("qwen3"), pool, data, tmp_path, layout)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS[1:])
 def test_every_item_equals_lm_evals_transformers_backend_on_other_models(
-    pool: ProcessPool, tmp_path: Path, data: Path, references: Any, model: str, layout: tuple[int, int, int]
+    pool: ProcessPool, tmp_path: Path, data: Path, references: Callable[[str], Reference], model: str, layout: tuple[int, int, int]
 ) -> None:
-    check_against(model, references, pool, data, tmp_path, layout)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tp", [1, 2])
-def test_in_bf16_a_choice_flips_only_where_two_are_closer_than_rounding(
-    pool: ProcessPool, tmp_path: Path, data: Path, tp: int, record_property: Callable[[str, object], None]
-) -> None:
-    """Both sides in bf16; theirs rounds the log-probabilities themselves to bf16, ours keeps them in fp32."""
-    import transformers
-
-    folder = tiny_qwen3(tmp_path / "model", vocab_size=512, max_position_embeddings=1024, dtype="bfloat16")
-    changes = {"tasks": ("mmlu", "ceval", "boolq", "hellaswag"), "max_eval_samples": 8, "num_fewshot": 0}
-    config = config_for(folder, data, tmp_path / "scores", tp, **changes)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **weights_in(torch.bfloat16))
-    expected, _ = reference_items(config, model)
-    code, text = pool.run(run_evaluate, tp, config)[0]
-    assert code == 0, text
-    found = written_items(tmp_path / "scores")
-    differences = [abs(a - b) for item in expected for a, b in zip(found[item], expected[item], strict=True)]
-    relative = max(abs(a - b) / max(1.0, abs(b)) for item in expected for a, b in zip(found[item], expected[item], strict=True))
-    flips = [item for item in expected if argmax(found[item]) != argmax(expected[item])]
-    record_property("largest difference, largest relative, flips, items", (max(differences), relative, len(flips), len(expected)))
-    print(f"bf16, tp {tp}: largest difference {max(differences):.3f}, relative {relative:.4f}; {len(flips)} of {len(expected)} flips")
-    assert relative < BF16
-    for item in flips:
-        values = sorted(expected[item])
-        assert values[-1] - values[-2] <= 2 * BF16 * max(1.0, abs(values[-1])), (item, expected[item], found[item])
-
-
-def argmax(values: list[float]) -> int:
-    return max(range(len(values)), key=values.__getitem__)
+    check_against(model, references(model), pool, data, tmp_path, layout)

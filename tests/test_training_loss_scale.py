@@ -324,7 +324,7 @@ def logits_and_scores(base: Path, adapter: Path | None, dtype: str | None) -> tu
         ids = torch.tensor([[5, 9, 200, 31]])
         found.append(engine.forward(ids, torch.ones_like(ids, dtype=torch.bool), use_cache=True, keep_last=4))
         batch = ScoreBatch(ids, torch.tensor([[2, 3]]), torch.tensor([[[31, 31], [7, 8]]]))
-        found.append(next(iter(engine.score([batch]))).log_probs)
+        found.append(next(iter(engine.score([batch]))).log_probs.float())
 
     runtime, load = RuntimeFlags(device="cpu", params_dtype=dtype), LoadFlags(load=base, lora_load=adapter)
     config = InferenceConfig(ParallelFlags(), runtime, load, TokenizerFlags(), TemplateFlags(), tasks=("greedy",))

@@ -4,7 +4,7 @@
 scoring b rows of s tokens behind a prefix of p, k positions scored:
     activations of one layer   b s (6h + (2 (n + 2g) d + 4f) / t)  x bytes
     one layer's keys, values   b (p + s) 2 g d / t                 x bytes (latents: b (p + s) (c + rope), on every rank)
-    logits in fp32             b k v                               x 4 bytes, three times (logits, their log-softmax, work space)
+    logits in fp32             b k v                               x 4 bytes, three times (logits, their exponentials, work space)
 generating b rows up to s tokens:
     every layer's keys, values b s 2 g d / t x layers              x bytes, twice (storage grows by doubling)
 ```

@@ -52,7 +52,7 @@ class RowBatch:
 
 @dataclass(frozen=True)
 class RowScores:
-    """``log_probs`` float32 ``[k, c]``: of the input's own next token (column 0), at the last position of each of the last tokens;
+    """``log_probs`` float64 ``[k, c]``: of the input's own next token (column 0), at the last position of each of the last tokens;
     ``best`` int64 ``[k]``: the most likely token.
     """
 
@@ -132,7 +132,7 @@ def answers_of(batch: RowBatch, scores: Sequence[RowScores]) -> Iterator[tuple[i
             final = score.log_probs[-1, row.last_tokens.index(last)]
             expected = [*row.tokens[len(row.tokens) - length + 1 :], last]
             is_greedy = score.best[row.num_scored - length :].tolist() == expected
-            yield index, (float(inner.double().sum() + final.double()), is_greedy)
+            yield index, (float(inner.sum() + final), is_greedy)
 
 
 def _tensors(batch: RowBatch) -> ScoreBatch:
