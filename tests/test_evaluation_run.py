@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -13,10 +14,12 @@ from helpers import shared_data, tiny_qwen3
 from pool import ProcessPool
 
 from mindspeed_lora.arguments.cli import main
-from mindspeed_lora.arguments.configs import LoadFlags, LoraFlags, TemplateFlags, TokenizerFlags
+from mindspeed_lora.arguments.configs import ArchitectureFlags, LoadFlags, LoraFlags, TemplateFlags, TokenizerFlags
 from mindspeed_lora.arguments.flag import EVALUATE
 from mindspeed_lora.errors import DataError, UsageError
+from mindspeed_lora.evaluation import jobs
 from mindspeed_lora.evaluation.run import evaluate
+from mindspeed_lora.log import get_logger
 
 TOKENIZER = "stories260k/hf"
 
@@ -189,6 +192,38 @@ def test_a_task_of_lm_evals_reads_a_local_data_set_or_says_what_it_expected(
     assert text.splitlines()[-1].startswith("openbookqa acc = ") and len(written_items(tmp_path / "scores")) == 3
     code, text = pool.run(run_evaluate, 1, config_for(model[0], tmp_path / "scores", tasks=("openbookqa",)))[0]
     assert code == 1 and "needs the data set allenai/openbookqa" in text and f"Expected {tmp_path / 'scores' / 'openbookqa'}/" in text
+
+
+def test_questions_that_are_cut_are_said_once_though_the_base_is_asked_them_too(
+    tmp_path: Path, data: Path, model: tuple[Path, Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(get_logger(), "warning", said.append)
+    few = {"tasks": ("hellaswag", "boolq"), "num_fewshot": None, "compare_base": True, "architecture": ArchitectureFlags(seq_length=32)}
+    code, text = run_evaluate(config_for(model[0], data, tmp_path, load=LoadFlags(load=model[0], lora_load=model[1]), **few))
+    assert code == 0, text
+    assert [line.split(" are longer than ")[1].split(";")[0] for line in said] == ["32 tokens and lose their beginning"] * 2, said
+    assert said[0].startswith("12 of 12 requests") and said[1].startswith("6 of 6 requests"), "of each benchmark"
+
+
+def test_lm_evals_own_hints_and_bars_are_left_out(
+    tmp_path: Path,
+    data: Path,
+    model: tuple[Path, Path, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They name flags of lm_eval's that are not ours. Its errors still arrive."""
+    hints = []
+    for number, quiet in enumerate((jobs.only_our_output, contextlib.nullcontext)):
+        monkeypatch.setattr(jobs, "only_our_output", quiet)
+        caplog.clear()
+        assert evaluate(config_for(model[0], data, tmp_path / str(number), tasks=("hellaswag",), num_fewshot=0)) == 0
+        bars = capsys.readouterr().err
+        hints.append(([record.name for record in caplog.records if record.name.startswith("lm_eval")], "it/s" in bars))
+        assert "scoring" in bars
+    assert hints[0] == ([], False) and hints[1][0] and hints[1][1], "without it there are both"
 
 
 def test_other_request_kinds_equal_lm_evals_transformers_backend(model: tuple[Path, Path, Any]) -> None:

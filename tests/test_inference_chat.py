@@ -271,8 +271,16 @@ def test_thoughts_are_hidden_however_the_text_comes_in_pieces() -> None:
     ("changes", "words"),
     [
         ({"max_length": 300}, "--max-length 300 is more than the 256 of config.json"),
-        ({"max_length": 3, "prompts": ("Once upon a time",)}, "leaves no room for an answer in --max-length 3"),
-        ({"prompts": ("word " * 200,)}, "--max-new-tokens 12 that is more than the 256"),
+        (
+            {"max_length": 3, "prompts": ("Once upon a time",)},
+            "leaves no room for an answer in --max-length 3; shorten the prompt or pass a --max-length of up to 256",
+        ),
+        ({"max_length": 3, "prompts": ("word " * 300,)}, "leaves no room for an answer in the 256 of config.json"),
+        (
+            {"prompts": ("word " * 83,)},
+            "--max-new-tokens 12 that is more than the 256 of config.json: max_position_embeddings; shorten the "
+            "prompt or pass at most --max-new-tokens 5",
+        ),
         ({"system_prompt": "Be brief."}, "--system-prompt needs a template"),
         ({"template": TemplateFlags(hf_chat_template=True)}, "no chat template"),
         ({"add_eos_token": ("nosuchtoken",)}, "--add-eos-token nosuchtoken"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -147,10 +148,38 @@ def test_a_file_of_other_questions_or_settings_is_not_gone_on_with(chat_model: P
     partial = questions.with_suffix(".answers.jsonl.partial")
     partial.write_text('{"asked": "other"}\n', encoding="utf-8")
     assert "begun with other questions" in run_infer(config)[1]
+    partial.write_text("somebody's notes\n", encoding="utf-8")
+    assert "begun with other questions" in run_infer(config)[1]
     partial.unlink()
     questions.with_suffix(".answers.jsonl").touch()
     assert "exists already" in run_infer(config)[1]
     assert "there is no folder" in run_infer(replace(config, output_file=questions.parent / "absent" / "x.jsonl"))[1]
+
+
+def test_a_file_begun_with_other_weights_in_the_same_folders_is_not_gone_on_with(
+    chat_model: Path, two_adapters: dict[str, Path], questions: Path, tmp_path: Path
+) -> None:
+    """An adapter trained again under its old name, say. Another batch size is no other question."""
+    base, folder = (Path(shutil.copytree(source, tmp_path / source.name)) for source in (chat_model, two_adapters["a"]))
+    config = replace(file_config(base, questions), **lora({"": folder}, base))
+
+    def run(config: InferenceConfig) -> tuple[int, str, int]:
+        answered: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            whole = AnswerFile.add
+            patch.setattr(AnswerFile, "add", lambda self, found: answered.extend(found) or whole(self, found))
+            patch.setattr(AnswerFile, "finish", lambda self: None)  # as if it had ended just before
+            return *run_infer(config), len(answered)
+
+    assert run(config)[::2] == (0, len(RECORDS))
+    assert run(replace(config, micro_batch_size=3))[::2] == (0, 0)
+    for file in (folder / "adapter_model.safetensors", base / "model.safetensors"):
+        before = file.read_bytes()
+        file.write_bytes(before[:-1] + bytes([before[-1] ^ 64]))  # of the last tensor the last value
+        code, text, _ = run(config)
+        assert code == 2 and "begun with other questions, settings or weights" in text, file
+        file.write_bytes(before)
+    assert run(config)[::2] == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +210,10 @@ def test_bad_lines_are_refused_with_file_and_line(tmp_path: Path, line: str | by
 
 @pytest.mark.parametrize(
     ("record", "words"),
-    [({"prompt": "word " * 300}, "the prompt has"), ({"prompt": "x", "adapter": "c"}, "no adapter is called c; there is base")],
+    [
+        ({"prompt": "word " * 300}, "in the 256 of config.json: max_position_embeddings; shorten the prompt"),
+        ({"prompt": "x", "adapter": "c"}, "no adapter is called c; there is base"),
+    ],
 )
 def test_what_the_model_cannot_answer_is_refused_before_weights_are_read(
     chat_model: Path,

@@ -99,6 +99,7 @@ class ParallelLM(TemplateLM):
         self._replicas, self._prompt_format, self._stop_ids = replicas, prompt_format, stop_ids
         self._rule, self._progress_out, self._max_new_tokens = rule, progress_out, max_new_tokens
         self._last_context: tuple[str, list[int]] = ("", [])
+        self._asked_before = False  # the base is asked what the adapter was asked just before
 
     @property
     def interrupted(self) -> bool:
@@ -107,6 +108,7 @@ class ParallelLM(TemplateLM):
 
     def use_adapter(self, choice: bool) -> None:
         """On every replica: with the adapter, or the base alone."""
+        self._asked_before = not choice
         self._replicas.map("adapter", [choice] * self._replicas.size, lambda index, result: None)
 
     def _map(self, kind: str, batches: Sequence[Any], take: Callable[[int, Any], None]) -> None:
@@ -202,7 +204,7 @@ class ParallelLM(TemplateLM):
         return answers
 
     def _warn_of_cut(self, num_cut: int, count: int) -> None:
-        if num_cut:
+        if num_cut and not self._asked_before:
             get_logger().warning(
                 f"{num_cut} of {count} requests are longer than {self.max_length} tokens and lose their beginning; "
                 "where the task has examples, fewer of them (--num-fewshot) would help"

@@ -86,14 +86,10 @@ def score_line(result: JobResult) -> str:
 
 def compare_results(base: JobResult, adapter: JobResult) -> Comparison | None:
     """Paired by item; only items that both have."""
-    pairs = [
-        (own[item], adapter.items(task)[item])
-        for task in base.samples
-        if task in adapter.samples
-        for own in [base.items(task)]
-        for item in own
-        if item in adapter.items(task)
-    ]
+    pairs: list[tuple[float, float]] = []
+    for task in (task for task in base.samples if task in adapter.samples):
+        first, second = base.items(task), adapter.items(task)
+        pairs += [(value, second[item]) for item, value in first.items() if item in second]
     return compare([first for first, _ in pairs], [second for _, second in pairs]) if pairs else None
 
 

@@ -60,7 +60,9 @@ def evaluate(config: EvaluationConfig) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before lm_eval and datasets are imported: nothing is downloaded
     jobs: list[Job] = []
     try:
-        session = open_session(config, all_replicas=True, prepare=lambda: jobs.extend(_prepare(config)))
+        session = open_session(
+            config, all_replicas=True, prepare=lambda: jobs.extend(_prepare(config)), examine=lambda session: _examine(config, session)
+        )
     except StoppedElsewhere as stopped:
         return stopped.exit_code
     rule = _batch_rule(config, session)
@@ -79,6 +81,11 @@ def _prepare(config: EvaluationConfig) -> list[Job]:
     return prepare_jobs(config)
 
 
+def _examine(config: EvaluationConfig, session: Session) -> None:
+    if config.compare_base and not session.adapters:
+        raise UsageError("--compare-base: there is no adapter to compare with the base; pass --lora-load")
+
+
 def _batch_rule(config: EvaluationConfig, session: Session) -> BatchRule:
     """Collective over all ranks: what the one with the least room can do."""
     assert session.stage is not None
@@ -93,8 +100,6 @@ def _work(config: EvaluationConfig, session: Session, engine: Engine, jobs: list
     from mindspeed_lora.evaluation.lm import ParallelLM, work_handlers
     from mindspeed_lora.evaluation.replicas import Replicas
 
-    if config.compare_base and not engine.adapters:
-        raise UsageError("--compare-base: there is no adapter to compare with the base; pass --lora-load")
     context = session.context
     handlers: dict[str, Callable[..., Any]] = work_handlers(engine, session.tokenizer)
     replicas = Replicas(handlers, session.channels.drivers, context.replica_rank, context.replicas, engine.undisturbed)
@@ -192,7 +197,7 @@ class Report:
         }
         path = write_results(self.folder, RESULTS_NAME, results_content(self.results, scored, settings, self.comparisons))
         if self.base:
-            without = {**scored, "lora": None, "lora_load": None, "lora_iteration": None, "manifest": None}
+            without = {**scored, "lora": None, "lora_load": None, "lora_iteration": None, "lora_fingerprints": {}, "manifest": None}
             write_results(self.folder, BASE_RESULTS_NAME, results_content(self.base, without, settings))
         get_logger().info(f"wrote {path}")
 

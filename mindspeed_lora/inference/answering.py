@@ -57,15 +57,21 @@ def encode(
         UsageError: it is empty, or too long for the model together with its answer.
     """
     ids = voice.prompt_format.encode_conversation(session.tokenizer, messages, system if system is not None else config.system_prompt)
+    room = session.max_length - len(ids)
+    if room < 1:
+        raise UsageError(
+            f"{what} has {len(ids)} tokens, which leaves no room for an answer in the {session.max_length} of "
+            f"{session.max_length_source}; shorten the prompt"
+        )
     if config.max_length is not None and len(ids) >= config.max_length:
         raise UsageError(
             f"{what} has {len(ids)} tokens, which leaves no room for an answer in --max-length {config.max_length}; "
-            "shorten the prompt or pass a larger --max-length"
+            f"shorten the prompt or pass a --max-length of up to {session.max_length}"
         )
-    if config.max_length is None and len(ids) + config.max_new_tokens > session.max_length:
+    if config.max_length is None and config.max_new_tokens > room:
         raise UsageError(
             f"{what} has {len(ids)} tokens, with --max-new-tokens {config.max_new_tokens} that is more than the "
-            f"{session.max_length} of {session.max_length_source}; shorten the prompt or pass a smaller --max-new-tokens"
+            f"{session.max_length} of {session.max_length_source}; shorten the prompt or pass at most --max-new-tokens {room}"
         )
     return ids
 

@@ -8,6 +8,8 @@ round:   replica 0    batch 0     batch 2     ...      every driver answers its 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,6 +62,20 @@ def plan_batches(config: InferenceConfig, session: Session, requests: Sequence[R
         batches[-1].requests.append(request)
         batches[-1].prompts.append(prompt)
     return batches
+
+
+def fingerprint(config: InferenceConfig, session: Session, batches: Sequence[Batch]) -> str:
+    """SHA-256 (hex) over what decides the answers, the same at every layout and batch size: what is asked of whom, the weights, and how
+    tokens are chosen. Rank 0 only.
+    """
+    asked = [pair for batch in batches for pair in zip(batch.requests, batch.prompts, [batch.voice] * len(batch.prompts), strict=True)]
+    values = (
+        [(request.record, ids, voice.name, voice.stop_ids) for request, ids, voice in sorted(asked, key=lambda each: each[0].number)],
+        [session.scored[name] for name in ("base_fingerprint", "lora_fingerprints", "dtype")],
+        [config.tasks, config.max_new_tokens, config.max_length, config.num_beams, config.top_p, config.top_k, config.temperature],
+        [config.compare_base, config.show_thinking, config.add_eos_token, config.runtime.seed],
+    )
+    return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
 
 
 def answer_file(answerer: Answerer, strategy: Strategy, requests: Sequence[Request], output: AnswerFile) -> None:

@@ -11,14 +11,11 @@ written in the order of the input. A run that was ended goes on from the partial
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mindspeed_lora.arguments.configs import InferenceConfig
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.files import write_text
 
@@ -93,58 +90,58 @@ def _messages(where: str, record: dict[str, Any]) -> list[dict[str, str]]:
     return [{"role": message["role"], "content": message["content"]} for message in record_messages]
 
 
-def fingerprint(config: InferenceConfig, requests: Iterable[Request]) -> str:
-    """SHA-256 (hex) over what decides the answers: the records, the models and how tokens are chosen."""
-    values = (
-        [request.record for request in requests],
-        [str(config.load.load), [(name, str(folder)) for name, folder in config.adapters]],
-        [config.tasks, config.max_new_tokens, config.max_length, config.num_beams, config.top_p, config.top_k, config.temperature],
-        [config.system_prompt, config.compare_base, config.show_thinking, config.add_eos_token, config.runtime.seed],
-        [config.template.prompt_type, config.template.enable_thinking, config.template.hf_chat_template],
-    )
-    return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
-
-
 class AnswerFile:
     """The output file, and its partial one while the run goes on."""
 
-    def __init__(self, path: Path, asked: str) -> None:
+    def __init__(self, path: Path) -> None:
         self.path, self.partial = path, path.with_name(path.name + ".partial")
-        self._asked = asked
+        self._asked = ""
         self.done: dict[int, dict[str, Any]] = {}  # by the request's number
 
-    def open(self) -> None:
-        """Take over what an earlier run of the same questions has answered.
-
-        Raises:
-            UsageError: the output is there already, or the partial file is another run's, or the folder is not there.
-        """
+    def check(self) -> None:
+        """Raise UsageError where the output is there already, or its folder is not."""
         if self.path.exists():
             raise UsageError(f"--output-file {self.path} exists already; remove it or name another file")
         if not self.path.absolute().parent.is_dir():
             raise UsageError(f"--output-file {self.path}: there is no folder {self.path.parent}; make it or name another file")
+
+    def take_over(self, asked: str) -> None:
+        """Take over what an earlier run has answered, if it was asked the same (``asked``: a fingerprint of it).
+
+        Raises:
+            UsageError: the partial file is another run's.
+        """
+        self._asked = asked
         if not self.partial.exists():
             return
         lines = self.partial.read_bytes().split(b"\n")[:-1]  # what follows the last line end was cut off
-        if not lines or json.loads(lines[0]).get("asked") != self._asked:
+        if lines[:1] != [self._first_line().encode()]:
             raise UsageError(
-                f"{self.partial} was begun with other questions or settings; run that command again, or remove the file to begin anew"
+                f"{self.partial} was begun with other questions, settings or weights; run that command again with those, or remove the "
+                "file to begin anew"
             )
         self.done = {entry["line"]: entry["record"] for entry in map(json.loads, lines[1:])}
 
     def begin(self) -> None:
         """Write the partial file's first lines: what was asked, and the answers taken over."""
-        entries = [{"asked": self._asked}, *({"line": line, "record": record} for line, record in self.done.items())]
-        write_text(self.partial, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+        entries = [self._first_line(), *(_entry(line, record) for line, record in self.done.items())]
+        write_text(self.partial, "".join(entry + "\n" for entry in entries))
 
     def add(self, answered: dict[int, dict[str, Any]]) -> None:
         """Append records (by their request's number), on the disk before this returns to the caller's next batch."""
         self.done.update(answered)
         with self.partial.open("a", encoding="utf-8") as file:
             for line, record in answered.items():
-                file.write(json.dumps({"line": line, "record": record}, ensure_ascii=False) + "\n")
+                file.write(_entry(line, record) + "\n")
+
+    def _first_line(self) -> str:
+        return json.dumps({"asked": self._asked})
 
     def finish(self) -> None:
         """Write the whole file in the order of the input, and remove the partial one."""
         write_text(self.path, "".join(json.dumps(self.done[line], ensure_ascii=False) + "\n" for line in sorted(self.done)))
         self.partial.unlink()
+
+
+def _entry(line: int, record: dict[str, Any]) -> str:
+    return json.dumps({"line": line, "record": record}, ensure_ascii=False)

@@ -11,7 +11,7 @@ from mindspeed_lora.arguments.configs import InferenceConfig
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.inference.channel import StoppedElsewhere
 from mindspeed_lora.inference.printing import AnswerPrinter, typed_lines
-from mindspeed_lora.inference.records import AnswerFile, Request, fingerprint, read_requests
+from mindspeed_lora.inference.records import AnswerFile, Request, read_requests
 from mindspeed_lora.inference.session import Session, lead, open_session
 from mindspeed_lora.inference.voices import Voice
 from mindspeed_lora.log import get_logger
@@ -86,8 +86,8 @@ def _prepare(config: InferenceConfig, questions: Questions) -> None:
     if config.input_file is not None:
         assert config.output_file is not None
         questions.requests = read_requests(config.input_file)
-        questions.output = AnswerFile(config.output_file, fingerprint(config, questions.requests))
-        questions.output.open()
+        questions.output = AnswerFile(config.output_file)
+        questions.output.check()
         return
     questions.prompts = config.prompts
     if config.prompts == TYPED:
@@ -110,13 +110,13 @@ def _check_sampling(config: InferenceConfig) -> None:
 def _examine(config: InferenceConfig, session: Session, questions: Questions) -> None:
     """First rank, before weights are read: everything that a prompt can be refused for."""
     from mindspeed_lora.inference.answering import check_limits, encode, stop_ids
-    from mindspeed_lora.inference.batch import plan_batches
+    from mindspeed_lora.inference.batch import fingerprint, plan_batches
 
     check_limits(config, session)
     for voice in session.voices:
         stop_ids(config, session, voice)
     if questions.output is not None:
-        plan_batches(config, session, questions.requests)
+        questions.output.take_over(fingerprint(config, session, plan_batches(config, session, questions.requests)))
     elif config.tasks != (CHAT,):
         for voice in _asked(config, session):
             for prompt in questions.prompts:
@@ -147,7 +147,7 @@ def _work(config: InferenceConfig, session: Session, engine: Engine, questions: 
         get_logger().info(f"prompt format of {voice.name}: {form.name}, thinking {form.thinking} ({form.source})")
     answerer = Answerer(config, session, engine)
     if config.input_file is not None:
-        output = questions.output or AnswerFile(config.output_file or config.input_file, "")
+        output = questions.output or AnswerFile(config.output_file or config.input_file)
         answer_file(answerer, strategy_of(config, TASKS[config.tasks[0]]), questions.requests, output)
         get_logger().info(f"answers are in {config.output_file}")
         return

@@ -36,7 +36,6 @@ from mindspeed_lora.parallel.grouped import choose_products
 from mindspeed_lora.parallel.on_demand import BaseStorage
 from mindspeed_lora.weights.adapters import Adapter
 from mindspeed_lora.weights.config import ModelConfig
-from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.sources import Base, open_adapter
 from mindspeed_lora.weights.table import WeightTable
 
@@ -151,7 +150,6 @@ def _load(
         )
     model = resolve_model_config(base, config.architecture, run_layout(config.parallel))
     adapters = [] if adapter is None else _open_adapters(config, adapter, base, WeightTable(model))
-    spec = adapters[0].spec if adapters else None
     dtype = resolve_dtype(config.runtime.params_dtype, base)
     for note in router_notes(base, WeightTable(model), dtype):
         get_logger().info(f"note: {note}")
@@ -175,7 +173,7 @@ def _load(
         stop_ids=formats[0][1],
         max_length=max_length,
         max_length_source=length_source,
-        scored=_describe(config, context, dtype, spec, base, adapter),
+        scored=_describe(config, context, dtype, base, adapters, WeightTable(model)),
         voices=voices_of(adapters, formats),
     )
     if examine is not None and context.rank == 0:
@@ -301,19 +299,22 @@ def _describe(
     config: InferenceConfig | EvaluationConfig,
     context: ParallelContext,
     dtype: torch.dtype,
-    spec: LoraSpec | None,
     base: Base,
-    adapter: Adapter | None,
+    adapters: list[LoadedAdapter],
+    table: WeightTable,
 ) -> dict[str, Any]:
     layout = {name: getattr(context, name) for name in ("tp_size", "pp_size", "dp_size")}
     if context.expert_grid is not None:
         layout |= {"ep_size": context.experts.ep_size, "expert_tp_size": context.experts.tp_size}
-    manifest = base.manifest if adapter is None else adapter.manifest
+    first = adapters[0] if adapters else None
+    manifest = base.manifest if first is None else first.source.manifest
+    prints = {each.name: each.source.fingerprint(table, each.spec) for each in adapters} if context.rank == 0 else {}
     return {
         "load": str(config.load.load),
         "lora_load": None if config.load.lora_load is None else str(config.load.lora_load),
-        "lora": None if spec is None else spec.entry(),
-        "lora_iteration": None if adapter is None else adapter.iteration,
+        "lora": None if first is None else first.spec.entry(),
+        "lora_iteration": None if first is None else first.source.iteration,
+        "lora_fingerprints": prints,
         "base_fingerprint": base.fingerprint() if context.rank == 0 else None,
         "dtype": str(dtype).removeprefix("torch."),
         "layout": layout,

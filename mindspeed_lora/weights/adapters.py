@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -57,6 +59,14 @@ class Adapter(ABC):
         Raises:
             CheckpointError: it has fewer, more, or of other shapes.
         """
+
+    def fingerprint(self, table: WeightTable, spec: LoraSpec) -> str:
+        """Identity of the adapter, the same for every layout: ``spec`` and every byte of its tensors. Raises as :meth:`pairs`."""
+        digest = hashlib.sha256(json.dumps(spec.entry(), sort_keys=True).encode())
+        for row, layer, _ in adapted_entries(table, spec):
+            for tensor in (tensor for pair in self.pairs(row, layer) for tensor in pair or ()):
+                digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        return f"sha256:{digest.hexdigest()}"
 
 
 def lora_spec_from_manifest(manifest: Manifest | None) -> LoraSpec | None:
