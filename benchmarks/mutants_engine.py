@@ -41,7 +41,7 @@ MUTANTS = (
     Mutant(
         "B's scale",
         "the row layer's dB is not scaled by alpha / r",
-        ((FUNCTIONS, "_grad_b(wide, u, b, ctx.scale)\n        whole", "_grad_b(wide, u, b, 1.0)\n        whole"),),
+        ((FUNCTIONS, "_grad_b(wide, u, b, ctx.scale)\n            whole", "_grad_b(wide, u, b, 1.0)\n            whole"),),
     ),
     Mutant(
         "rotary halves",
@@ -131,6 +131,11 @@ KERNEL_MUTANTS = (
         "chunks of tokens",
         "every chunk takes the first one's hidden states",
         ((LOSS, ".t(), wide[rows])", ".t(), wide[: len(logit_grad)])"),),
+    ),
+    Mutant(
+        "rows at a time",
+        "dB takes the first rows' u for all of dy",
+        ((FUNCTIONS, "add_outer(grad_b, adapted[rows], dy[rows])", "add_outer(grad_b, adapted[: len(dy[rows])], dy[rows])"),),
     ),
     Mutant("u alone", "the row layer keeps y with the u that lies beside it", ((FUNCTIONS, "u = _rows(u).contiguous()", "u = _rows(u)"),)),
     Mutant(

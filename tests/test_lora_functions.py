@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from mindspeed_lora.ops import products
 from mindspeed_lora.parallel import collectives
 from mindspeed_lora.parallel.context import ParallelContext, build_context
 
@@ -134,6 +135,18 @@ def test_bf16_of_many_rows_is_within_its_rounding(pool: Any, tp_size: int, seque
     got = _assemble(results, sequence_parallel)
     for name, expected in _reference(sequence, torch.bfloat16).items():
         assert float((got[name].double() - expected).norm() / expected.norm()) < 0.02, name
+
+
+@pytest.mark.parametrize(("dtype", "sequence", "tolerance"), [(torch.float64, SEQUENCE, 1e-11), (torch.bfloat16, 40, 0.02)])
+def test_gradients_summed_over_a_few_rows_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, sequence: int, tolerance: float
+) -> None:
+    """Five or three rows of the 16 (80) at a time, and fewer in the end."""
+    monkeypatch.setattr(products, "_CACHED_ELEMENTS", 5 * HIDDEN // torch.get_num_threads())
+    assert len(products.cached_rows(_tensors(sequence, dtype)["dy"].flatten(0, 1))) > 1
+    got = _run_pair(1, False, True, sequence, dtype)
+    for name, expected in _reference(sequence, dtype).items():
+        assert float((got[name].double() - expected).norm() / expected.norm()) < tolerance, name
 
 
 def _kept_bytes(tp_size: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ With ``W`` frozen, ``s = alpha / r`` and SP (sequence parallelism) on, per rank 
 
 SP off: the all-gather disappears and the reduce-scatter becomes an all-reduce, of ``dy W_i + g_u A`` in the column layer.
 In backward each collective runs behind a product that does not need it: dB behind the column layer's reduce-scatter and the row
-layer's all-gather, dA and dB behind the all-reduce. What is reduced together is written side by side by the products
+layer's all-gather, dA behind the all-reduce. What is reduced together is written side by side by the products
 themselves. Partial gradients are summed over tp once per step (``grad_sum`` of the weight table). Only ``x`` as it came in
 and the r-wide ``u`` are saved.
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_lora.ops.products import times, times_transposed, wide_rows
+from mindspeed_lora.ops.products import add_outer, cached_rows, product_dtype, times, times_transposed, wide_rows
 from mindspeed_lora.parallel import collectives
 from mindspeed_lora.parallel.context import ParallelContext
 
@@ -48,14 +48,29 @@ def _add_low_rank(y: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, scale:
 
 
 def _grad_a(grad_u: torch.Tensor, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """``dA = g_u^T x`` in A's dtype."""
-    wide = wide_rows(x)
-    return (grad_u.to(wide.dtype).t() @ wide).to(a.dtype)
+    """``dA = g_u^T x`` in A's dtype; x is widened a few rows at a time."""
+    x, total = _rows(x), None
+    grad_u = grad_u.to(product_dtype(x))
+    for rows in cached_rows(x):
+        total = add_outer(total, grad_u[rows], x[rows].to(grad_u.dtype))
+    assert total is not None
+    return total.to(a.dtype)
 
 
 def _grad_b(dy: torch.Tensor, u: torch.Tensor, b: torch.Tensor, scale: Scale) -> torch.Tensor:
     """``dB = s dy^T u`` in B's dtype, formed as ``(u^T dy)^T``: the wide factor second is twice as fast on a CPU."""
     return (scaled(u, scale).to(dy.dtype).t() @ dy).t().to(b.dtype)
+
+
+def _grads_of_low_rank(dy: torch.Tensor, u: torch.Tensor, b: torch.Tensor, scale: Scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """``g_u = s dy B`` and :func:`_grad_b`, both of a few rows of dy while these are in the cache."""
+    matrix, adapted = b.to(dy.dtype), scaled(u, scale).to(dy.dtype)
+    grad_u, grad_b = dy.new_empty(dy.shape[0], b.shape[1]), None
+    for rows in cached_rows(dy):
+        torch.mm(dy[rows], matrix, out=grad_u[rows])
+        grad_b = add_outer(grad_b, adapted[rows], dy[rows])
+    assert grad_b is not None
+    return grad_u.mul_(scale), grad_b.t().to(b.dtype)
 
 
 class KeepBlocks(torch.autograd.Function):
@@ -106,12 +121,11 @@ class ColumnLora(torch.autograd.Function):
             grad_x, grad_u, grad_b = _column_scattered(ctx, saved, dy, wide)
             grad_a = _grad_a(grad_u, x, a)
         else:
-            grad_u = times(wide, b).mul_(ctx.scale)
+            grad_u, grad_b = _grads_of_low_rank(wide, u, b, ctx.scale)
             pending = None
             if ctx.needs_input_grad[0]:
                 grad_x = _add_low_rank(times(wide, weight), grad_u, a).to(x.dtype).view(x.shape)
                 pending = collectives.start_all_reduce(grad_x, ctx.context.tp_group)
-            grad_b = _grad_b(wide, u, b, ctx.scale)
             grad_a = _grad_a(grad_u, x, a)
             grad_x = None if pending is None else pending.wait()
         return grad_x, None, None, grad_a, grad_b, None, None
@@ -175,9 +189,13 @@ class RowLora(torch.autograd.Function):
         group = ctx.context.tp_group if ctx.context.sequence_parallel else None
         pending = collectives.start_all_gather_dim0(dy, group)
         wide = wide_rows(dy)
-        grad_b = _grad_b(wide, u, b, ctx.scale)
-        whole = wide if group is None else wide_rows(pending.wait())
-        grad_u = times(whole, b).mul_(ctx.scale)
+        if group is None:
+            whole = wide
+            grad_u, grad_b = _grads_of_low_rank(wide, u, b, ctx.scale)
+        else:
+            grad_b = _grad_b(wide, u, b, ctx.scale)
+            whole = wide_rows(pending.wait())
+            grad_u = times(whole, b).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _add_low_rank(times(whole, weight), grad_u, a).to(x.dtype).view(x.shape)

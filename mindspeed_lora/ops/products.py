@@ -12,6 +12,7 @@ import torch
 from mindspeed_lora.device import cpu_multiplies_16_bit_fast
 
 _FEW_ROWS = 64  # below this reading the weight is what a product costs, and widening only adds to it
+_CACHED_ELEMENTS = 1 << 18  # of rows that two products in turn take: 1 MiB of fp32, half of a core's second-level cache
 _BLOCK_ELEMENTS = 1 << 22  # of a weight widened at once: 16 MiB, which the allocator keeps
 
 
@@ -26,6 +27,19 @@ def wide_rows(x: torch.Tensor) -> torch.Tensor:
     """``[..., k] -> [n, k]`` in the dtype of its products: no copy but on a CPU that multiplies in fp32."""
     rows = x.reshape(-1, x.shape[-1])
     return rows.to(product_dtype(rows))
+
+
+def cached_rows(x: torch.Tensor) -> list[slice]:
+    """Rows of ``x`` ``[m, k]`` to multiply at a time: on a CPU, where they make fp32 products, as many as its caches hold; else all."""
+    if x.device.type != "cpu" or product_dtype(x).itemsize < 4:
+        return [slice(None)]
+    size = max(1, _CACHED_ELEMENTS * torch.get_num_threads() // x.shape[1])
+    return [slice(start, start + size) for start in range(0, max(x.shape[0], 1), size)]
+
+
+def add_outer(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``total + left^T right``, in place; None: nothing yet. left ``[m, r]``, right ``[m, k]`` -> ``[r, k]``."""
+    return left.t() @ right if total is None else total.addmm_(left.t(), right)
 
 
 def _row_blocks(weight: torch.Tensor) -> list[slice]:
