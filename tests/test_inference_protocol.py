@@ -84,7 +84,7 @@ def test_masks_hide_padding_and_the_future_and_leave_no_row_empty() -> None:
 
 
 def test_scores_are_log_probabilities() -> None:
-    """To a few roundings of the sum, whose logarithm is about 20 here; torch's fp32 ``log_softmax`` is 2e-5 off."""
+    """To a few roundings of a number of the size of the log-sum, 20; torch's fp32 ``log_softmax`` is 2e-5 off."""
     logits = torch.randn(2, 3, 150_000) * 4
     targets = torch.randint(0, 150_000, (2, 3, 4))
     result = score(logits, targets)
