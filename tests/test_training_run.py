@@ -349,7 +349,7 @@ def test_a_base_on_demand_needs_a_frozen_base_and_adapter_saves(workspace: Path,
         ({"optimizer__use_distributed_optimizer": True}, "--use-distributed-optimizer has no effect with one data-parallel rank: "),
         ({"eval_interval": 1}, "--eval-interval 1 has no effect: --split 100,0,0 leaves none of the 24 samples for validation"),
         ({"load__load_optim": False, "load__load_rng": False}, "--no-load-optim --no-load-rng: no training state is continued"),
-        ({"template__prompt_type": "qwen3", "data__pack": True}, "--prompt-type --pack: "),
+        ({"template__prompt_type": "default", "data__pack": True}, "--prompt-type --pack: "),
     ],
 )
 def test_flags_that_change_nothing_here_are_named(workspace: Path, changes: dict[str, Any], note: str) -> None:
