@@ -88,6 +88,11 @@ def test_links_lead_somewhere(document: str) -> None:
             assert (path.parent / target).exists(), f"{document} links to {target}"
 
 
+def test_index_names_every_document() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert not [path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md" and f"]({path.name})" not in index]
+
+
 @pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md"])
 def test_scripts_and_extras_named_in_documents_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
