@@ -18,6 +18,7 @@ from torch_file_helpers import Runs, save_rank
 
 from mindspeed_lora.errors import CheckpointError, UsageError
 from mindspeed_lora.weights.families import check_model_type, model_config_from_dict
+from mindspeed_lora.weights.hf_files import read_hf_folder
 from mindspeed_lora.weights.sources import MegatronBase, open_adapter, open_base
 from mindspeed_lora.weights.table import WeightTable
 from mindspeed_lora.weights.torch_files import load_torch_file
@@ -320,3 +321,16 @@ def test_a_rank_reads_its_own_bytes_of_a_megatron_folder(stored: int, tmp_path: 
             padding = parts[0][0].nbytes if row.padded else 0  # the last row, once more
             if row.axis is not None:
                 assert sum(read) == sum(part.nbytes for part in parts) + padding, row.megatron
+
+
+def test_the_folder_above_an_adapter_names_it(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("3")
+    with pytest.raises(CheckpointError, match=r"give one of its folders: \S+run$"):
+        open_adapter(tmp_path)
+
+
+def test_a_model_with_a_missing_shard_names_index_and_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
+    with pytest.raises(CheckpointError, match=r"index\.json: names b\.safetensors, which is not there"):
+        read_hf_folder(tmp_path)

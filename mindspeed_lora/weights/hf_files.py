@@ -149,4 +149,6 @@ def _indexed_files(index: Path) -> Iterator[Path]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index}: names the file {name!r}; only files of this folder are read")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index}: names {name}, which is not there; copy the whole model folder again")
         yield index.parent / name

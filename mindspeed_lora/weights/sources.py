@@ -333,6 +333,10 @@ def open_adapter(path: Path) -> Adapter:
         return PeftAdapter(path)
     if is_megatron_folder(path):
         return MegatronAdapter(path)
+    inside = sorted(str(child) for child in path.iterdir() if (child / "adapter_config.json").is_file() or is_megatron_folder(child))
+    remedy = (
+        f"give one of its folders: {', '.join(inside[:4])}" if inside else "give a training run's --save folder or a PEFT adapter folder"
+    )
     raise CheckpointError(
-        f"{path}: neither a PEFT adapter (adapter_config.json) nor a Megatron save folder (latest_checkpointed_iteration.txt)"
+        f"{path}: neither a PEFT adapter (adapter_config.json) nor a Megatron save folder (latest_checkpointed_iteration.txt); {remedy}"
     )
