@@ -161,8 +161,8 @@ def data_parallel_size(world_size: int, tensor_parallel_size: int, pipeline_para
     if world_size % model_size:
         raise UsageError(
             f"--tensor-model-parallel-size {tensor_parallel_size} x --pipeline-model-parallel-size {pipeline_parallel_size} = {model_size} "
-            f"does not divide the {world_size} processes that torchrun started (--nproc_per_node x --nnodes); "
-            f"start a multiple of {model_size}"
+            f"does not divide the number of processes, {world_size}; start a multiple of {model_size} with torchrun "
+            "(--nproc_per_node x --nnodes)"
         )
     return world_size // model_size
 
