@@ -93,7 +93,7 @@ Bad = tuple[str, Callable[[World], list[str]], int, list[str], int]
 CASES: dict[str, Bad] = {
     # name: command, argv, exit code, what the message names, number of processes that torchrun would have started
     "missing path": ("convert_ckpt.py", lambda w: convert(w, "--load-dir", w.nowhere), 2, ["--load-dir", "nowhere"], 1),
-    "missing data": ("posttrain_gpt.py", lambda w: train(w, "--data-path", w.nothing), 1, ["--data-path", "nothing"], 1),
+    "missing data": ("posttrain_gpt.py", lambda w: train(w, "--data-path", w.nothing), 2, ["--data-path", "nothing"], 1),
     "missing base": ("inference.py", lambda w: ask(w, "--load", w.nowhere), 2, ["--load", "nowhere"], 1),
     "unknown flag": ("posttrain_gpt.py", lambda w: train(w, "--lora-rr", "4"), 2, ["--lora-rr", "--lora-r"], 1),
     "abbreviated flag": ("posttrain_gpt.py", lambda w: train(w, "--micro-batch", "4"), 2, ["--micro-batch", "--micro-batch-size"], 1),
@@ -117,7 +117,7 @@ CASES: dict[str, Bad] = {
         "posttrain_gpt.py",
         lambda w: train(w, *TARGETS, "--tensor-model-parallel-size", "2"),
         2,
-        ["--tensor-model-parallel-size 2", "1 process"],
+        ["--tensor-model-parallel-size 2", "number of processes, 1"],
         1,
     ),
     "target that is none": (

@@ -134,7 +134,7 @@ def test_damaged_files_are_named(tmp_path: Path, damage: str, message: str) -> N
 
 
 def test_missing_and_empty_data(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"--data-path .*nothing.*output-prefix"):
+    with pytest.raises(UsageError, match=r"--data-path .*nothing.*output-prefix"):
         open_sft_dataset(tmp_path / "nothing")
     with pytest.raises(UsageError, match=r"--data-path is missing"):
         open_sft_dataset("")

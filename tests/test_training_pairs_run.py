@@ -196,7 +196,7 @@ def test_the_peers_files_are_read() -> None:
     ("changes", "error", "message"),
     [
         ({"data__data_path": "data/set"}, UsageError, "--stage dpo, but --data-path .*set holds instruction data"),
-        ({"data__data_path": "data/nothing"}, DataError, "nothing_packed_chosen_input_ids_document.idx does not exist"),
+        ({"data__data_path": "data/nothing"}, UsageError, "nothing_packed_chosen_input_ids_document.idx does not exist"),
         (
             {"stage": "sft", "preference": None},
             UsageError,

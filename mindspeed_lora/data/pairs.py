@@ -133,7 +133,7 @@ def open_pair_dataset(data_path: str | Path, seq_length: int) -> PairDataset:
     """Open ``<prefix>_packed_{chosen,rejected}_{input_ids,labels}_document``, memory-mapped.
 
     Raises:
-        UsageError: there is instruction data at the prefix, not pairs.
+        UsageError: nothing is at the prefix, or instruction data, not pairs.
         DataError: a file is missing or damaged, or the files do not belong together; no pair can be trained.
     """
     prefix = data_prefix(data_path)
@@ -143,7 +143,7 @@ def open_pair_dataset(data_path: str | Path, seq_length: int) -> PairDataset:
                 f"--stage dpo, but --data-path {data_path} holds instruction data; preprocess preference data with "
                 "--handler-name AlpacaStylePairwiseHandler or SharegptStylePairwiseHandler, or use --stage sft"
             )
-        raise DataError(
+        raise UsageError(
             f"--data-path {data_path}: {idx_path(key_stem(prefix, 'chosen_input_ids'))} does not exist; "
             "give the value that --output-prefix had in preprocess_data.py"
         )

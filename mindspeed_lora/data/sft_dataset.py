@@ -117,7 +117,8 @@ def open_sft_dataset(data_path: str | Path) -> SFTDataset:
     """Open ``<prefix>_packed_{input_ids,labels,attention_mask}_document``, memory-mapped.
 
     Raises:
-        DataError: a file is missing or damaged, or the files do not belong together.
+        UsageError: nothing is at the prefix, or preference pairs.
+        DataError: a file is damaged, or the files do not belong together.
         CheckpointError: the manifest beside the data is not readable.
     """
     if not str(data_path).strip():
@@ -129,7 +130,7 @@ def open_sft_dataset(data_path: str | Path) -> SFTDataset:
             "or give instruction data"
         )
     if not has_pair(prefix):
-        raise DataError(
+        raise UsageError(
             f"--data-path {data_path}: {idx_path(key_stem(prefix, 'input_ids'))} does not exist; "
             "give the value that --output-prefix had in preprocess_data.py, or a longer form of it"
         )
