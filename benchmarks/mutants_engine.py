@@ -82,12 +82,16 @@ MUTANTS = (
 )
 
 KERNEL_MUTANTS = (
-    Mutant("widened bias", "a product in fp32 forgets the bias", ((PRODUCTS, "product.add_(bias)", "pass"),)),
-    Mutant("blocks of dy W", "the last block of the weight's rows replaces the others", ((PRODUCTS, "beta=1 if number else 0", "beta=0"),)),
+    Mutant("widened bias", "a product in fp32 forgets the bias", ((PRODUCTS, "y.add_(bias)", "pass"),)),
+    Mutant(
+        "blocks of dy W",
+        "the last block of the weight's rows replaces the others",
+        ((PRODUCTS, "if number else product(", "if False else product("),),
+    ),
     Mutant(
         "blocks of dy^T x",
         "every block takes dy's first columns",
-        ((PRODUCTS, "= dy[:, rows].t() @ x", "= dy[:, : len(product[rows])].t() @ x"),),
+        ((PRODUCTS, "product(dy[:, rows].t(), x)", "product(dy[:, : len(outer[rows])].t(), x)"),),
     ),
     Mutant(
         "x of a frozen weight",

@@ -159,12 +159,13 @@ def products_of(step: Callable[[], object]) -> Callable[[], None]:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     calls: list[tuple[Any, list[Any]]] = []
-    ours = {torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm_.default, torch.ops.aten.addmm.default}
+    aten, onednn = torch.ops.aten, torch.ops.mkldnn._linear_pointwise.default
+    ours = {aten.mm.default, aten.mm.out, aten.addmm_.default, aten.addmm.default, onednn}
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if function in ours:
-                plain = torch.ops.aten.mm.default if "mm.out" in str(function) else function
+                plain = aten.mm.default if "mm.out" in str(function) else function
                 calls.append((plain, [(arg.shape, arg.stride(), arg.dtype) if isinstance(arg, torch.Tensor) else arg for arg in args]))
             return function(*args, **(kwargs or {}))
 

@@ -131,16 +131,31 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 @functools.cache
+def _cpu_fields() -> dict[str, str]:
+    """What Linux tells of the first core (``flags``, ``vendor_id``, ...); empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+@functools.cache
 def cpu_multiplies_16_bit_fast() -> bool:
     """Whether this CPU multiplies bf16 matrices faster than fp32 ones: AMX, Arm's bf16, or AMD's avx512_bf16 at twice fp32's rate."""
     if platform.machine().lower() in ("aarch64", "arm64"):
         return True
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
-    except OSError:
-        return False
-    words = set(text.split())
-    return "amx_bf16" in words or {"AuthenticAMD", "avx512_bf16"} <= words
+    fields = _cpu_fields()
+    flags = fields.get("flags", "").split()
+    return "amx_bf16" in flags or (fields.get("vendor_id") == "AuthenticAMD" and "avx512_bf16" in flags)
+
+
+@functools.cache
+def mkl_leaves_units_idle() -> bool:
+    """Whether oneDNN multiplies fp32 matrices twice as fast as MKL: AMD from family 26 (Zen 5) on, whose 512-bit units MKL half uses."""
+    fields = _cpu_fields()
+    recent = fields.get("vendor_id") == "AuthenticAMD" and int(fields.get("cpu family", 0)) >= 26
+    return recent and "avx512f" in fields.get("flags", "").split() and torch.backends.mkldnn.is_available()
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mindspeed_lora.ops.products import product
 from mindspeed_lora.weights.table import Row
 
 _CACHED_BYTES = 1 << 20  # of each of the two fp32 buffers of a merge: about a core's second-level cache
@@ -68,15 +69,13 @@ class Change:
         """
         rows, width = base.shape
         step = min(max(_CACHED_BYTES // (4 * width), 1), rows)
-        total, other = torch.empty(2, step, width).unbind()
-        result, flat = torch.empty(step, width, dtype=dtype), total.view(-1)
+        other, result = torch.empty(step, width), torch.empty(step, width, dtype=dtype)
         power_of_two = abs(math.frexp(self.scale)[0]) == 0.5  # then scaling rounds nothing, and may be one step with the sum
         # Few calls, and nothing cut inside the loop: each call gives Python's lock away, waits for it again, and another thread is at it.
         for part, stored in zip(self.matrix_b[first : first + rows].split(step), base.split(step), strict=True):
-            if len(part) < len(total):
-                total, other, result = (buffer[: len(part)] for buffer in (total, other, result))
-                flat = total.view(-1)
-            torch.mm(part, self.matrix_a, out=total)
+            if len(part) < len(other):
+                other, result = other[: len(part)], result[: len(part)]
+            total = product(part, self.matrix_a)
             other.copy_(stored)
             if power_of_two:
                 torch.add(other, total, alpha=self.scale, out=total)
@@ -84,7 +83,7 @@ class Change:
                 total.mul_(self.scale).add_(other)
             result.copy_(total)
             other.copy_(result)
-            total.sub_(other)
+            flat = total.sub_(other).view(-1)
             yield result, float(torch.dot(flat, flat))
 
     def squared_norm(self, first: int, last: int) -> float:

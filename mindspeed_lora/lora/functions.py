@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_lora.ops.products import add_outer, cached_rows, product_dtype, times, times_transposed, wide_rows
+from mindspeed_lora.ops.products import add_outer, add_product, cached_rows, product, product_dtype, times, times_transposed, wide_rows
 from mindspeed_lora.parallel import collectives
 from mindspeed_lora.parallel.context import ParallelContext
 
@@ -44,7 +44,7 @@ def scaled(u: torch.Tensor, scale: Scale) -> torch.Tensor:
 def _add_low_rank(y: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, scale: Scale = 1.0) -> torch.Tensor:
     """``y += scale * u weight`` in place; y ``[n, k]``, u ``[n, r]``, weight ``[r, k]``."""
     u, factor = (u, scale) if isinstance(scale, float) else (scaled(u, scale), 1.0)
-    return y.addmm_(u.to(y.dtype), weight.to(y.dtype), alpha=factor)
+    return add_product(y, u.to(y.dtype), weight.to(y.dtype), factor)
 
 
 def _grad_a(grad_u: torch.Tensor, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def _grad_a(grad_u: torch.Tensor, x: torch.Tensor, a: torch.Tensor) -> torch.Ten
 
 def _grad_b(dy: torch.Tensor, u: torch.Tensor, b: torch.Tensor, scale: Scale) -> torch.Tensor:
     """``dB = s dy^T u`` in B's dtype, formed as ``(u^T dy)^T``: the wide factor second is twice as fast on a CPU."""
-    return (scaled(u, scale).to(dy.dtype).t() @ dy).t().to(b.dtype)
+    return product(scaled(u, scale).to(dy.dtype).t(), dy).t().to(b.dtype)
 
 
 def _grads_of_low_rank(dy: torch.Tensor, u: torch.Tensor, b: torch.Tensor, scale: Scale) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +67,7 @@ def _grads_of_low_rank(dy: torch.Tensor, u: torch.Tensor, b: torch.Tensor, scale
     matrix, adapted = b.to(dy.dtype), scaled(u, scale).to(dy.dtype)
     grad_u, grad_b = dy.new_empty(dy.shape[0], b.shape[1]), None
     for rows in cached_rows(dy):
-        torch.mm(dy[rows], matrix, out=grad_u[rows])
+        product(dy[rows], matrix, grad_u[rows])
         grad_b = add_outer(grad_b, adapted[rows], dy[rows])
     assert grad_b is not None
     return grad_u.mul_(scale), grad_b.t().to(b.dtype)

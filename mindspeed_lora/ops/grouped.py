@@ -29,7 +29,7 @@ from typing import Protocol
 import torch
 
 from mindspeed_lora.device import load_torch_npu, torch_version
-from mindspeed_lora.ops.products import product_dtype
+from mindspeed_lora.ops.products import add_product, product, product_dtype
 
 _FEW_ROWS_A_GROUP = 4  # below this reading a large matrix is all that its product costs, and widening it doubles that
 _FEW_GROUPS = 4  # with fewer than one in four that has rows, a view of each is cheaper than splitting (8 of 128: 41 us, not 452)
@@ -103,20 +103,20 @@ class Sequential:
         """See the protocol."""
         y = x.new_empty(x.shape[0], weight.shape[2])
         for rows, matrix, out in _parts(groups, x, weight, y):
-            torch.mm(rows, matrix.to(rows.dtype), out=out)
+            product(rows, matrix.to(rows.dtype), out)
         return y
 
     def add_matmul(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups, scale: float = 1.0) -> torch.Tensor:
         """See the protocol."""
         for rows, matrix, out in _parts(groups, x, weight, y):
-            out.addmm_(rows, matrix.to(rows.dtype), alpha=scale)
+            add_product(out, rows, matrix.to(rows.dtype), scale)
         return y
 
     def outer(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """See the protocol."""
         result = y.new_empty(len(groups.lengths), y.shape[1], x.shape[1])
         for length, left, right, out in zip(groups.lengths, groups.split(y), groups.split(x), result, strict=True):
-            torch.mm(left.t(), right.to(left.dtype), out=out) if length else out.zero_()
+            product(left.t(), right.to(left.dtype), out) if length else out.zero_()
         return result
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from mindspeed_lora.ops.products import product_dtype
+from mindspeed_lora.ops.products import add_product, product, product_dtype
 from mindspeed_lora.parallel.collectives import all_reduce
 from mindspeed_lora.parallel.context import ParallelContext
 
@@ -72,14 +72,14 @@ class _Slice:
 
 def _logits(hidden: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     """``[n, h]``, ``[columns, h]`` -> ``[n, columns]`` float32 or wider."""
-    product = hidden @ block.t()
-    return product.float() if product.dtype.itemsize == 2 else product
+    logits = product(hidden, block.t())
+    return logits.float() if logits.dtype.itemsize == 2 else logits
 
 
 def _add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """``sums += left right``, multiplied in the dtype of ``right``."""
     if right.dtype == sums.dtype:
-        sums.addmm_(left, right)
+        add_product(sums, left, right)
     else:
         sums.add_(left.to(right.dtype) @ right)
 

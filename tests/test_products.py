@@ -1,0 +1,109 @@
+"""Products in fp32 by MKL and by oneDNN: exact, and by the one that is faster on this CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mindspeed_lora import device, ops
+from mindspeed_lora.lora.experts import GroupedLora
+from mindspeed_lora.lora.functions import ColumnLora, RowLora
+from mindspeed_lora.ops import products
+from mindspeed_lora.ops.grouped import RowGroups, Sequential
+from mindspeed_lora.parallel.context import single_process_context
+from mindspeed_lora.parallel.cross_entropy import linear_cross_entropy
+
+
+def _draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.fixture(params=["mkl", "onednn"])
+def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways of a CPU, whatever this one is."""
+    if request.param == "onednn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "mkl_leaves_units_idle", lambda: request.param == "onednn")
+    return request.param == "onednn"
+
+
+def _close(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 70])
+def test_fp32_products_are_exact_of_parts_and_transposes_too(rows: int, by_onednn: bool) -> None:
+    x, weight, bias, dy = _draw(rows, 48)[:, 4:28], _draw(60, 24)[10:50], _draw(40), _draw(40, rows).t()
+    wide = [tensor.double() for tensor in (x, weight, bias, dy)]
+    _close(products.times_transposed(x, weight, bias), wide[0] @ wide[1].t() + wide[2])
+    _close(products.times(dy, weight), wide[3] @ wide[1])
+    _close(products.transposed_times(dy, x, x.dtype), wide[3].t() @ wide[0])
+    both = torch.zeros(rows, 64)
+    products.times_transposed(x, weight, out=both[:, :40])
+    products.times(dy, weight, out=both[:, 40:])
+    _close(both, torch.cat([wide[0] @ wide[1].t(), wide[3] @ wide[1]], dim=1))
+    total = _draw(rows, 24)
+    want = total.double() + 0.5 * wide[3] @ wide[1]
+    assert products.add_product(total, dy, weight, 0.5) is total
+    _close(total, want)
+
+
+class _Products(TorchDispatchMode):
+    """Names of the operators that multiply matrices, as they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name()
+        if name.partition(".")[0] in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise"):
+            self.names.add(name.partition(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+def _train_everything() -> None:
+    """Forward and backward of every layer that multiplies: LoRA, full-parameter, the experts, the loss head."""
+    context = single_process_context(torch.device("cpu"))
+    x, weight, a, b, bias = _draw(6, 2, 24), _draw(40, 24), _draw(4, 24), _draw(40, 4), _draw(40)
+    trained = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
+    ColumnLora.apply(trained[0], weight, bias, trained[1], trained[2], 2.0, context).sum().backward()
+    RowLora.apply(trained[0], weight, trained[1], trained[2], 2.0, context).sum().backward()
+    ops.linear(trained[0], weight.clone().requires_grad_(), bias).sum().backward()
+    stacked = [tensor.repeat(3, 1, 1).requires_grad_(tensor is not weight) for tensor in (weight, a, b)]
+    groups = RowGroups(torch.tensor([5, 0, 7]))
+    GroupedLora.apply(trained[0].flatten(0, 1), *stacked, 2.0, groups, Sequential()).sum().backward()
+    shared = [tensor.clone().requires_grad_() for tensor in (a, b)]
+    GroupedLora.apply(trained[0].flatten(0, 1), stacked[0], *shared, 2.0, groups, Sequential()).sum().backward()
+    head = weight.clone().requires_grad_()
+    linear_cross_entropy(trained[0].flatten(0, 1), head, torch.arange(12), 40, context).sum().backward()
+
+
+def test_every_fp32_product_of_training_goes_where_it_is_faster(by_onednn: bool) -> None:
+    with _Products() as ran:
+        _train_everything()
+    assert ran.names == {"mkldnn::_linear_pointwise"} if by_onednn else "mkldnn::_linear_pointwise" not in ran.names
+
+
+@pytest.mark.parametrize(
+    ("fields", "idle", "fast"),
+    [
+        ({"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx2 avx512f avx512_bf16"}, True, True),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "flags": "avx2 avx512f avx512_bf16"}, False, True),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx2"}, False, False),
+        ({"vendor_id": "GenuineIntel", "cpu family": "6", "flags": "avx512f avx512_bf16"}, False, False),
+        ({"vendor_id": "GenuineIntel", "cpu family": "26", "flags": "avx512f avx512_bf16 amx_bf16"}, False, True),
+        ({}, False, False),
+    ],
+)
+def test_what_a_cpu_multiplies_fast_is_read_from_what_it_says(
+    fields: dict[str, str], idle: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_cpu_fields", lambda: fields)
+    monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
+    assert device.mkl_leaves_units_idle.__wrapped__() == (idle and torch.backends.mkldnn.is_available())
+    assert device.cpu_multiplies_16_bit_fast.__wrapped__() == fast
