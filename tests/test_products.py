@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mindspeed_lora import device, ops
+from mindspeed_lora import ops
 from mindspeed_lora.lora.experts import GroupedLora
 from mindspeed_lora.lora.functions import ColumnLora, RowLora
 from mindspeed_lora.ops import products
@@ -87,23 +87,3 @@ def test_every_fp32_product_of_training_goes_where_it_is_faster(by_onednn: bool)
     with _Products() as ran:
         _train_everything()
     assert ran.names == {"mkldnn::_linear_pointwise"} if by_onednn else "mkldnn::_linear_pointwise" not in ran.names
-
-
-@pytest.mark.parametrize(
-    ("fields", "idle", "fast"),
-    [
-        ({"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx2 avx512f avx512_bf16"}, True, True),
-        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "flags": "avx2 avx512f avx512_bf16"}, False, True),
-        ({"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx2"}, False, False),
-        ({"vendor_id": "GenuineIntel", "cpu family": "6", "flags": "avx512f avx512_bf16"}, False, False),
-        ({"vendor_id": "GenuineIntel", "cpu family": "26", "flags": "avx512f avx512_bf16 amx_bf16"}, False, True),
-        ({}, False, False),
-    ],
-)
-def test_what_a_cpu_multiplies_fast_is_read_from_what_it_says(
-    fields: dict[str, str], idle: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(device, "_cpu_fields", lambda: fields)
-    monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
-    assert device.mkl_leaves_units_idle.__wrapped__() == (idle and torch.backends.mkldnn.is_available())
-    assert device.cpu_multiplies_16_bit_fast.__wrapped__() == fast

@@ -23,7 +23,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mindspeed_lora.device import collective_backend, select_device
+from mindspeed_lora.device import collective_backend, keep_freed_memory, select_device
 from mindspeed_lora.errors import UsageError
 
 _LAST_COLLECTIVE_S = 0.05
@@ -283,6 +283,8 @@ def initialize(
     dp_size = data_parallel_size(world_size_from_environment(), tensor_parallel_size, pipeline_parallel_size)
     check_expert_grid(dp_size, tensor_parallel_size, expert_parallel_size, expert_tensor_parallel_size)
     device, timeout = select_device(device_name, int(os.environ.get("LOCAL_RANK", "0"))), timedelta(minutes=timeout_minutes)
+    if device.type == "cpu":
+        keep_freed_memory()
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group(collective_backend(device), timeout=timeout)
     experts = (expert_parallel_size, expert_tensor_parallel_size, same_tokens)

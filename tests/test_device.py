@@ -1,0 +1,58 @@
+"""What a CPU and its C library are told and asked."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mindspeed_lora import device
+
+_FAULTS = """
+import resource, sys, torch
+from mindspeed_lora.parallel.context import initialize
+if sys.argv[1] == "kept":
+    initialize("cpu", 1, 1, False, 1)
+def work():
+    three = [torch.empty(6 << 20).fill_(1.0) for _ in range(3)]
+for _ in range(5):  # until the heap has its place for them
+    work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps freed memory as it likes")
+def test_memory_that_a_step_frees_is_not_faulted_in_again() -> None:
+    """Three tensors of 24 MiB, ten times: 18,432 pages each time."""
+    faults = {
+        kept: int(subprocess.run([sys.executable, "-c", _FAULTS, kept], capture_output=True, text=True, check=True).stdout)
+        for kept in ("kept", "as it is")
+    }
+    assert faults["kept"] < 5000, faults
+    assert faults["kept"] < faults["as it is"], faults
+
+
+@pytest.mark.parametrize(
+    ("fields", "idle", "fast"),
+    [
+        ({"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx2 avx512f avx512_bf16"}, True, True),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "flags": "avx2 avx512f avx512_bf16"}, False, True),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx2"}, False, False),
+        ({"vendor_id": "GenuineIntel", "cpu family": "6", "flags": "avx512f avx512_bf16"}, False, False),
+        ({"vendor_id": "GenuineIntel", "cpu family": "26", "flags": "avx512f avx512_bf16 amx_bf16"}, False, True),
+        ({}, False, False),
+    ],
+)
+def test_what_a_cpu_multiplies_fast_is_read_from_what_it_says(
+    fields: dict[str, str], idle: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_cpu_fields", lambda: fields)
+    monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
+    assert device.mkl_leaves_units_idle.__wrapped__() == (idle and torch.backends.mkldnn.is_available())
+    assert device.cpu_multiplies_16_bit_fast.__wrapped__() == fast
