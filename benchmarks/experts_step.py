@@ -68,21 +68,30 @@ def large_product_rate(dtype: Any, clock: Any) -> float:
     """Operations per second of one large product, the best of ``dtype`` and fp32."""
     import torch
 
+    from mindspeed_lora.ops.products import product
+
     rates = []
     for kind in {dtype, torch.float32}:
         left, right = torch.randn(1024, 1024).to(kind), torch.randn(1024, 1024).to(kind)
-        side = common.seconds(lambda left=left, right=right: left @ right, 3, clock)  # type: ignore[misc]
+        side = common.seconds(lambda left=left, right=right: product(left, right), 3, clock)  # type: ignore[misc]
         rates.append(2 * 1024**3 / common.medians(common.alternate({"one": side}, 3))["one"])
     return max(rates)
 
 
 def operations_of(step: Any) -> int:
     """Floating-point operations of the matrix products of ``step``."""
+    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    onednn = torch.ops.mkldnn._linear_pointwise
+
+    def operations(x: Any, weight: Any, *_others: Any, **_named: Any) -> int:
+        return 2 * x[0] * x[1] * weight[0]
+
+    with FlopCounterMode(display=False, custom_mapping={onednn: operations}) as counter:
         step()
-    return sum(count for function, count in counter.get_flop_counts()["Global"].items() if "mm" in str(function))
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for function, count in counts.items() if "mm" in str(function) or function == onednn)
 
 
 def measure(folder: Path, dtype: Any, batches: list[Any], options: argparse.Namespace) -> dict[str, Any]:
