@@ -20,9 +20,14 @@ _CACHED_ELEMENTS = 1 << 18  # of rows that two products in turn take: 1 MiB of f
 _BLOCK_ELEMENTS = 1 << 22  # of a weight widened at once: 16 MiB, which the allocator keeps
 
 
+def widens(device_type: str, itemsize: int) -> bool:
+    """Whether many rows of so many bytes an element become fp32 where they are multiplied on this machine."""
+    return device_type == "cpu" and itemsize == 2 and not cpu_multiplies_16_bit_fast()
+
+
 def product_dtype(x: torch.Tensor) -> torch.dtype:
     """dtype of the products of ``x`` (rows on all dims but the last) with a weight of the same dtype."""
-    if x.device.type != "cpu" or x.dtype.itemsize != 2 or x.numel() < _FEW_ROWS * x.shape[-1] or cpu_multiplies_16_bit_fast():
+    if x.numel() < _FEW_ROWS * x.shape[-1] or not widens(x.device.type, x.dtype.itemsize):
         return x.dtype
     return torch.float32
 

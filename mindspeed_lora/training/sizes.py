@@ -44,11 +44,7 @@ class RunSizes:
     qlora: bool = False
     pipeline_buffer_fraction: float = 0.05
     device_type: str = "cuda"  # cpu, or what else computes
-
-    @property
-    def widened(self) -> bool:
-        """Whether 16-bit values are widened to fp32 where they are multiplied: attention and products on a CPU."""
-        return self.device_type == "cpu" and self.parameter_bytes == 2
+    widened: bool = False  # 16-bit values become fp32 where they are multiplied, attention's too: ops.products.widens
 
     @property
     def world_size(self) -> int:
