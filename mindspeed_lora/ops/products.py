@@ -16,6 +16,7 @@ import torch
 from mindspeed_lora.device import cpu_multiplies_16_bit_fast, mkl_leaves_units_idle
 
 _FEW_ROWS = 64  # below this reading the weight is what a product costs, and widening only adds to it
+_THIN = 64  # up to here a sum of products is passes over the result, and oneDNN's needs one of its own
 _CACHED_ELEMENTS = 1 << 18  # of rows that two products in turn take: 1 MiB of fp32, half of a core's second-level cache
 _BLOCK_ELEMENTS = 1 << 22  # of a weight widened at once: 16 MiB, which the allocator keeps
 
@@ -55,7 +56,7 @@ def product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """``total += scale * left right`` in place, all of one dtype; returns ``total`` ``[m, n]``."""
-    if goes_to_onednn(left):
+    if left.shape[1] > _THIN and goes_to_onednn(left):
         return total.add_(product(left, right), alpha=scale)
     return total.addmm_(left, right, alpha=scale)
 
