@@ -9,10 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mindspeed_lora import ops
-from mindspeed_lora.lora.experts import GroupedLora
 from mindspeed_lora.lora.functions import ColumnLora, RowLora
 from mindspeed_lora.ops import products
-from mindspeed_lora.ops.grouped import RowGroups, Sequential
 from mindspeed_lora.parallel.context import single_process_context
 from mindspeed_lora.parallel.cross_entropy import linear_cross_entropy
 
@@ -67,18 +65,13 @@ class _Products(TorchDispatchMode):
 
 
 def _train_everything() -> None:
-    """Forward and backward of every layer that multiplies: LoRA, full-parameter, the experts, the loss head."""
+    """Forward and backward of every layer whose rows are as many as the tokens: LoRA, full-parameter, the loss head."""
     context = single_process_context(torch.device("cpu"))
     x, weight, a, b, bias = _draw(6, 2, 24), _draw(40, 24), _draw(4, 24), _draw(40, 4), _draw(40)
     trained = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
     ColumnLora.apply(trained[0], weight, bias, trained[1], trained[2], 2.0, context).sum().backward()
     RowLora.apply(trained[0], weight, trained[1], trained[2], 2.0, context).sum().backward()
     ops.linear(trained[0], weight.clone().requires_grad_(), bias).sum().backward()
-    stacked = [tensor.repeat(3, 1, 1).requires_grad_(tensor is not weight) for tensor in (weight, a, b)]
-    groups = RowGroups(torch.tensor([5, 0, 7]))
-    GroupedLora.apply(trained[0].flatten(0, 1), *stacked, 2.0, groups, Sequential()).sum().backward()
-    shared = [tensor.clone().requires_grad_() for tensor in (a, b)]
-    GroupedLora.apply(trained[0].flatten(0, 1), stacked[0], *shared, 2.0, groups, Sequential()).sum().backward()
     head = weight.clone().requires_grad_()
     linear_cross_entropy(trained[0].flatten(0, 1), head, torch.arange(12), 40, context).sum().backward()
 

@@ -15,7 +15,6 @@ from torch import nn
 from mindspeed_lora.lora.functions import Scale, scaled
 from mindspeed_lora.lora.layers import ParallelLoraLinear
 from mindspeed_lora.ops.grouped import Products, RowGroups
-from mindspeed_lora.ops.products import add_product, product
 
 
 class _OneForAll:
@@ -23,15 +22,15 @@ class _OneForAll:
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor, _groups: RowGroups) -> torch.Tensor:
         """``[n, k], [k, m] -> [n, m]``."""
-        return product(x, weight.to(x.dtype))
+        return x @ weight.to(x.dtype)
 
     def add_matmul(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, _groups: RowGroups, scale: float = 1.0) -> torch.Tensor:
         """``y += scale * x weight`` in place."""
-        return add_product(y, x, weight.to(x.dtype), scale)
+        return y.addmm_(x, weight.to(x.dtype), alpha=scale)
 
     def outer(self, y: torch.Tensor, x: torch.Tensor, _groups: RowGroups) -> torch.Tensor:
         """``[n, p], [n, q] -> [p, q]``."""
-        return product(y.t(), x.to(y.dtype))
+        return y.t() @ x.to(y.dtype)
 
 
 class GroupedLora(torch.autograd.Function):
