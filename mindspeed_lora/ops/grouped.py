@@ -14,8 +14,7 @@ An empty group gives no rows, and a zero matrix. The classes give the same withi
 | TorchGrouped | ``torch.nn.functional.grouped_mm``, one call for all | CUDA (a kernel for bf16, sm 90 on), CPU     |
 | NpuGrouped   | ``npu_grouped_matmul``                               | NPU                                         |
 
-``widen`` gives rows the dtype of their products: fp32 on a CPU that multiplies it faster than 16 bits
-(:mod:`~mindspeed_lora.ops.products`).
+``widen`` gives rows the dtype of their products: fp32 on a CPU with MKL.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from typing import Protocol
 import torch
 
 from mindspeed_lora.device import load_torch_npu, torch_version
-from mindspeed_lora.ops.products import product_dtype
+from mindspeed_lora.ops.products import widens
 
 _FEW_ROWS_A_GROUP = 4  # below this reading a large matrix is all that its product costs, and widening it doubles that
 _FEW_GROUPS = 4  # with fewer than one in four that has rows, a view of each is cheaper than splitting (8 of 128: 41 us, not 452)
@@ -93,7 +92,8 @@ class Products(Protocol):
 class Sequential:
     """One group after the other; fp32 on a CPU by MKL throughout.
 
-    oneDNN (:mod:`~mindspeed_lora.ops.products`) compiles a kernel for each new number of rows, 0.4 ms, and experts have new ones in every step.
+    oneDNN, which multiplies 16 bits everywhere and on some CPUs fp32 (:mod:`~mindspeed_lora.ops.products`), compiles a kernel for each
+    new number of rows, 0.4 ms, and experts have new ones in every step.
     """
 
     name = "one expert after the other"
@@ -125,7 +125,12 @@ class Sequential:
 
 def _widened(rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
     few = rows.shape[0] < _FEW_ROWS_A_GROUP * len(groups.counts)
-    return rows if few else rows.to(product_dtype(rows))
+    return rows.float() if not few and widens_groups(rows.device.type, rows.dtype.itemsize) else rows
+
+
+def widens_groups(device_type: str, itemsize: int) -> bool:
+    """Whether many rows of so many bytes an element become fp32 where experts multiply them on this machine."""
+    return device_type == "cpu" and itemsize == 2 and (torch.backends.mkl.is_available() or widens(device_type, itemsize))
 
 
 def _parts(

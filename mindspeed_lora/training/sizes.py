@@ -45,6 +45,7 @@ class RunSizes:
     pipeline_buffer_fraction: float = 0.05
     device_type: str = "cuda"  # cpu, or what else computes
     widened: bool = False  # 16-bit values become fp32 where they are multiplied, attention's too: ops.products.widens
+    experts_widened: bool = False  # the same of experts: ops.grouped.widens_groups
 
     @property
     def world_size(self) -> int:
