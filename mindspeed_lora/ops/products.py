@@ -15,7 +15,7 @@ import torch
 
 from mindspeed_lora.device import cpu_multiplies_16_bit_fast, mkl_leaves_units_idle
 
-_FEW_ROWS = 64  # below this reading the weight is what a product costs, and widening only adds to it
+_FEW_ROWS = 64  # widening would only add to what the weight costs
 _THIN = 64  # up to here a sum of products is passes over the result, and oneDNN's needs one of its own
 _CACHED_ELEMENTS = 1 << 18  # of rows that two products in turn take: 1 MiB of fp32, half of a core's second-level cache
 _BLOCK_ELEMENTS = 1 << 22  # of a weight widened at once: 16 MiB, which the allocator keeps
@@ -26,9 +26,14 @@ def widens(device_type: str, itemsize: int) -> bool:
     return device_type == "cpu" and itemsize == 2 and not cpu_multiplies_16_bit_fast()
 
 
+def has_few_rows(x: torch.Tensor) -> bool:
+    """Whether ``x`` (rows on all dims but the last) is so small that reading the weight is what its product costs."""
+    return x.numel() < _FEW_ROWS * x.shape[-1]
+
+
 def product_dtype(x: torch.Tensor) -> torch.dtype:
     """dtype of the products of ``x`` (rows on all dims but the last) with a weight of the same dtype."""
-    if x.numel() < _FEW_ROWS * x.shape[-1] or not widens(x.device.type, x.dtype.itemsize):
+    if has_few_rows(x) or not widens(x.device.type, x.dtype.itemsize):
         return x.dtype
     return torch.float32
 
