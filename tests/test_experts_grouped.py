@@ -82,7 +82,7 @@ def test_an_address_that_the_kernel_does_not_take(products: Products) -> None:
         flat = torch.empty(t[name].numel() + 1)
         t[name] = flat[1:].view(t[name].shape).copy_(t[name])
     for name, value in _lora(t, LENGTHS["usual"], products).items():
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=4e-6 * max(expected[name].abs().max().item(), 1.0))
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
     assert t["a"].data_ptr() % 16 and grouped._aligned(t["a"]).data_ptr() % 16 == 0  # torch 2.11's CPU takes any, CUDA does not
 
 

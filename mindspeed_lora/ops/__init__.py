@@ -8,8 +8,8 @@
 | attention          | sdpa, 16-bit in fp32           | sdpa                       | npu_fusion_attention      |
 | document_attention | the same for each document     | the same for each document | npu_fusion_attention, TND |
 
-No kernel takes a mask tensor for causal attention. A CPU without gradients, a few rows: :mod:`~mindspeed_lora.ops.few_rows`. The products
-in fp32, inside LoRA layers and the loss head too: :mod:`~mindspeed_lora.ops.products`.
+No kernel takes a mask tensor for causal attention. A CPU without gradients, a few rows: :mod:`~mindspeed_lora.ops.few_rows`. Which CPUs
+multiply 16 bits in fp32, and by which library, inside LoRA layers and the loss head too: :mod:`~mindspeed_lora.ops.products`.
 """
 
 from __future__ import annotations
