@@ -5,7 +5,9 @@
 | linear             | linear, 16-bit in fp32         | linear                     | linear                    |
 | rms_norm           | fused                          | torch's own                | npu_rms_norm              |
 | rotate, swiglu     | fused                          | fused                      | npu_rotary_mul, _swiglu   |
-| attention          | sdpa, 16-bit in fp32           | sdpa                       | npu_fusion_attention      |
+| exp_               | torch's own or by powers of 2  | torch's own                | torch's own               |
+| attention          | sdpa, 16-bit in fp32, or whole | sdpa                       | npu_fusion_attention      |
+|                    | matrices: cpu_attention        |                            |                           |
 | document_attention | the same for each document     | the same for each document | npu_fusion_attention, TND |
 
 No kernel takes a mask tensor for causal attention. A CPU without gradients, a few rows: :mod:`~mindspeed_lora.ops.few_rows`. Which CPUs
@@ -22,7 +24,7 @@ import torch
 from mindspeed_lora.ops import cpu, cuda, eager, npu
 from mindspeed_lora.ops.eager import band_mask
 
-__all__ = ["attention", "band_mask", "document_attention", "linear", "rms_norm", "rotate", "swiglu"]
+__all__ = ["attention", "band_mask", "document_attention", "exp_", "linear", "rms_norm", "rotate", "swiglu"]
 
 _BY_DEVICE = {"cpu": cpu, "cuda": cuda, "npu": npu}
 
@@ -44,6 +46,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.rotate`."""
     return _kernels(x).rotate(x, cosine, sine)
+
+
+def exp_(x: torch.Tensor) -> torch.Tensor:
+    """See :func:`mindspeed_lora.ops.eager.exp_`."""
+    return _kernels(x).exp_(x)
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:

@@ -1,24 +1,30 @@
 """The kernels on a CPU: fused functions; attention and linear layers in the dtype that the CPU multiplies faster.
 
 Without 16-bit matrix units flash attention takes twice as long backward in bf16 as in fp32 (256 tokens: 10.2 against 4.8 ms); with
-avx512_bf16 at twice fp32's rate it takes as long (256 tokens: 3.7 ms both) or less (1024: 27 against 44).
+avx512_bf16 at twice fp32's rate it takes as long (256 tokens: 3.7 ms both) or less (1024: 27 against 44), and is passed over where
+:mod:`mindspeed_lora.ops.cpu_attention` takes half of its time.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from mindspeed_lora.device import small_bf16_products_are_slow
 from mindspeed_lora.ops import eager, few_rows, fused
+from mindspeed_lora.ops.cpu_attention import causal_attention
 from mindspeed_lora.ops.fused import Grads, rotate, swiglu
 from mindspeed_lora.ops.products import goes_to_onednn, has_few_rows, product_dtype, times, times_transposed, transposed_times, wide_rows
 
-__all__ = ["attention", "document_attention", "linear", "rms_norm", "rotate", "swiglu"]
+__all__ = ["attention", "document_attention", "exp_", "linear", "rms_norm", "rotate", "swiglu"]
 
+_LOG2_OF_E = math.log2(math.e)
 _FEW_QUERIES = 16  # below this (generation) widening all keys and values would cost more than it saves
+_MANY_QUERIES = 64  # from here on products of whole matrices are faster than flash attention (1.0 against 0.7 ms)
 
 
 class _WidenedLinear(torch.autograd.Function):
@@ -46,6 +52,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return (eager if torch.is_grad_enabled() else few_rows).linear(x, weight, bias)
 
 
+def exp_(x: torch.Tensor) -> torch.Tensor:
+    """See :func:`mindspeed_lora.ops.eager.exp_`; where MKL, which torch takes for it, needs four times as long as for a power of 2."""
+    return x.mul_(_LOG2_OF_E).exp2_() if goes_to_onednn(x) else x.exp_()
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.rms_norm`."""
     return (fused if torch.is_grad_enabled() else few_rows).rms_norm(x, weight, epsilon)
@@ -69,6 +80,12 @@ def _prepared(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tu
     return query, key, value
 
 
+def _multiplies_whole_matrices(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether causal attention of these is faster by large products than by flash attention."""
+    many = query.shape[2] == key.shape[2] >= _MANY_QUERIES
+    return many and query.dtype == torch.bfloat16 and small_bf16_products_are_slow()
+
+
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -78,6 +95,8 @@ def attention(
     scale: float | None = None,
 ) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.attention`."""
+    if is_causal and mask is None and _multiplies_whole_matrices(query, key):
+        return causal_attention(query, key, value, scale)
     return eager.attention(*_prepared(query, key, value), mask, is_causal, scale).to(query.dtype)
 
 
@@ -90,4 +109,4 @@ def document_attention(
     scale: float | None = None,
 ) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.document_attention`."""
-    return eager.document_attention(*_prepared(query, key, value), ends, window, scale).to(query.dtype)
+    return eager.document_attention(query, key, value, ends, window, scale, attention)

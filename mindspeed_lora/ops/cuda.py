@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from mindspeed_lora.ops import eager, fused
-from mindspeed_lora.ops.eager import attention, document_attention, linear
+from mindspeed_lora.ops.eager import attention, document_attention, exp_, linear
 from mindspeed_lora.ops.fused import rotate, swiglu
 
-__all__ = ["attention", "document_attention", "linear", "rms_norm", "rotate", "swiglu"]
+__all__ = ["attention", "document_attention", "exp_", "linear", "rms_norm", "rotate", "swiglu"]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,11 @@ def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.T
     """Rotary position embedding, half layout: x ``[s, b, heads, d]``, tables ``[s, b or 1, 1, d]``."""
     first, second = x.chunk(2, dim=-1)
     return x * cosine + torch.cat((-second, first), dim=-1) * sine
+
+
+def exp_(x: torch.Tensor) -> torch.Tensor:
+    """``e^x`` in place."""
+    return x.exp_()
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
@@ -73,6 +78,7 @@ def document_attention(
     ends: Sequence[Sequence[int]],
     window: int | None = None,
     scale: float | None = None,
+    attend: Callable[..., torch.Tensor] = attention,
 ) -> torch.Tensor:
     """Causal attention inside each document of a packed row; documents never see each other.
 
@@ -80,6 +86,7 @@ def document_attention(
         query, key, value, scale: as for :func:`attention`, all of one length s.
         ends: for each row the cumulative ends of its documents, the last one s; empty documents are skipped.
         window: positions a position may attend to, itself included; None: all before it.
+        attend: what computes one document, as :func:`attention`.
 
     Returns:
         ``[b, n, s, d_v]``.
@@ -89,7 +96,7 @@ def document_attention(
         bounds = sorted({0, *row_ends})
         pieces = [(slice(row, row + 1), slice(None), slice(start, end)) for start, end in itertools.pairwise(bounds)]
         masks = [_document_mask(end - start, window, query.device) for start, end in itertools.pairwise(bounds)]
-        parts = [attention(query[p], key[p], value[p], mask, scale=scale) for p, mask in zip(pieces, masks, strict=True)]
+        parts = [attend(query[p], key[p], value[p], mask, scale=scale) for p, mask in zip(pieces, masks, strict=True)]
         rows.append(torch.cat(parts, dim=2))
     return torch.cat(rows)
 

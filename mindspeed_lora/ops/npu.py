@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from mindspeed_lora.device import load_torch_npu
-from mindspeed_lora.ops.eager import linear
+from mindspeed_lora.ops.eager import exp_, linear
 
-__all__ = ["attention", "document_attention", "linear", "rms_norm", "rotate", "swiglu"]
+__all__ = ["attention", "document_attention", "exp_", "linear", "rms_norm", "rotate", "swiglu"]
 
 _CAUSAL_MASK_SIZE = 2048  # what sparse_mode 2 and 3 want, whatever the length
 

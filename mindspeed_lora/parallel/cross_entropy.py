@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from mindspeed_lora.ops import exp_
 from mindspeed_lora.ops.products import add_product, product, product_dtype
 from mindspeed_lora.parallel.collectives import all_reduce
 from mindspeed_lora.parallel.context import ParallelContext
@@ -104,7 +105,7 @@ def _sweep(
         logits.scatter_(1, column, picked.masked_fill_(inside.unsqueeze(1), float("-inf")))
         risen = torch.maximum(largest, logits.amax(dim=1))
         shrink = (largest - risen).exp_()
-        exponentials = logits.sub_(risen.unsqueeze(1)).exp_()
+        exponentials = exp_(logits.sub_(risen.unsqueeze(1)))
         total.mul_(shrink).add_(exponentials.sum(dim=1))
         if grad is not None:
             _add_product(grad.mul_(shrink.unsqueeze(1)), exponentials, block)
@@ -142,7 +143,7 @@ def _weight_grad(part: _Slice, hidden: torch.Tensor, target: torch.Tensor, log_s
     for columns, block in part.blocks(hidden.shape[0], wide.dtype):
         sums = torch.zeros(block.shape, dtype=log_sum.dtype, device=block.device)
         for rows in part.chunks(hidden.shape[0]):
-            logit_grad = _logits(wide[rows], block).sub_(log_sum[rows].unsqueeze(1)).exp_()
+            logit_grad = exp_(_logits(wide[rows], block).sub_(log_sum[rows].unsqueeze(1)))
             inside = here[rows] & (local[rows] >= columns.start) & (local[rows] < columns.stop)
             column = (local[rows] - columns.start).clamp(0, block.shape[0] - 1)
             logit_grad.scatter_add_(1, column.unsqueeze(1), -inside.to(logit_grad.dtype).unsqueeze(1))
