@@ -4,7 +4,7 @@
 
 Qwen3 60M (hidden 512, 8 layers, 8 heads, 4 query groups, head_dim 64, ffn 1536, vocabulary 32,000, untied), LoRA r 16 on all linears,
 2 rows of 256 random ids, every position trained, AdamW, clipping 1.0, in fp32 and in bf16. The other side runs with
-``autocast_adapter_dtype`` on and off, eager and under ``torch.compile``, with SDPA and eager attention; the fastest counts. Beside it
+``autocast_adapter_dtype`` on and off, eager and under ``torch.compile``, each with SDPA and eager attention; the fastest counts. Beside it
 stand TRL's ``SFTTrainer`` (its ``training_step`` and what its loop does after it) and our unfused layers. ``--full`` trains every
 parameter on both sides instead. All start at the same loss. A call during which other processes took more than 4 % of the cores is
 repeated, as the machine may not be this measurement's alone; where it never is, ``OMP_NUM_THREADS=1 ... --cpu-time`` counts the
@@ -210,15 +210,17 @@ def steps_of(folder: Path, dtype: Any, compiled: bool, full: bool) -> dict[str, 
 
     if full:
         steps = {"ours": our_side(folder, dtype, full=True)}
-        steps |= {f"transformers {kind}": peft_side(folder, dtype, True, kind, False, True) for kind in ("sdpa", "eager")}
-        return steps | ({"transformers sdpa compiled": peft_side(folder, dtype, True, "sdpa", True, True)} if compiled else {})
+        kinds = [(attention, run) for attention in ("sdpa", "eager") for run in ([False, True] if compiled else [False])]
+        return steps | {
+            f"transformers {attention}{' compiled' * run}": peft_side(folder, dtype, True, attention, run, True) for attention, run in kinds
+        }
     steps = {"ours": our_side(folder, dtype), "ours, unfused": our_side(folder, dtype, fusion=False)}
     for autocast in (True, False) if dtype != torch.float32 else (True,):
         word = f", autocast_adapter_dtype {autocast}" if dtype != torch.float32 else ""
-        steps[f"peft sdpa{word}"] = peft_side(folder, dtype, autocast, "sdpa", False)
-        steps[f"peft eager attention{word}"] = peft_side(folder, dtype, autocast, "eager", False)
-        if compiled:
-            steps[f"peft sdpa compiled{word}"] = peft_side(folder, dtype, autocast, "sdpa", True)
+        for attention in ("sdpa", "eager"):
+            steps[f"peft {attention}{word}"] = peft_side(folder, dtype, autocast, attention, False)
+            if compiled:
+                steps[f"peft {attention} compiled{word}"] = peft_side(folder, dtype, autocast, attention, True)
     return steps | ({"trl SFTTrainer": trl_side(folder, dtype)} if common.package_version("trl") else {})
 
 
