@@ -14,6 +14,7 @@ from mindspeed_lora.arguments.configs import OptimizerFlags, RecomputeFlags  # n
 from mindspeed_lora.lora.inject import inject_lora  # noqa: E402
 from mindspeed_lora.model.stage import GPTStage, build_stage_modules  # noqa: E402
 from mindspeed_lora.parallel.context import ParallelContext, single_process_context  # noqa: E402
+from mindspeed_lora.parallel.grouped import choose_products  # noqa: E402
 from mindspeed_lora.parallel.on_demand import BaseStorage  # noqa: E402
 from mindspeed_lora.parallel.pipeline import PipelineRunner  # noqa: E402
 from mindspeed_lora.training.flat import FlatLayout  # noqa: E402
@@ -42,6 +43,7 @@ def build_stage(
     (stage,) = build_stage_modules(model, context, dtype, None, recompute, make_storage)
     if lora is not None:
         inject_lora(stage, WeightTable(model), lora, context, fusion, seed=0)
+    choose_products([stage], model, grouped=False)
     return stage
 
 

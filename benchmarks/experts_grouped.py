@@ -22,7 +22,7 @@ import torch  # noqa: E402
 
 from mindspeed_lora.lora.experts import GroupedLoraLinear  # noqa: E402
 from mindspeed_lora.model.experts import RoutedExperts  # noqa: E402
-from mindspeed_lora.ops.grouped import Products, Sequential, TorchGrouped, grouped_refusal  # noqa: E402
+from mindspeed_lora.ops.grouped import Products, Sequential, TorchGrouped, default_products, grouped_refusal  # noqa: E402
 from mindspeed_lora.parallel.context import single_process_context  # noqa: E402
 from mindspeed_lora.weights.config import ExpertShape, ModelConfig, Routing  # noqa: E402
 
@@ -98,8 +98,9 @@ def floor_of(layer: RoutedExperts, given: Tensors) -> Callable[[], None]:
 def measure(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
     """Seconds of each side, and errors."""
     layer, given = make_layer(device, dtype, sizes), inputs(device, dtype, sizes)
-    kinds: dict[str, Products] = {Sequential.name: Sequential()}
-    if grouped_refusal(device, dtype, (RANK, *sizes[1:3])) is None:
+    columns = (RANK, *sizes[1:3])
+    kinds: dict[str, Products] = {kind.name: kind for kind in (Sequential(), default_products(device, dtype, columns))}
+    if grouped_refusal(device, dtype, columns) is None:
         kinds[TorchGrouped.name] = TorchGrouped()
     sides: dict[str, Callable[[], object]] = {name: lambda kind=kind: run(layer, given, kind) for name, kind in kinds.items()}  # type: ignore[misc]
     sides["floor"] = floor_of(layer, given)

@@ -24,7 +24,6 @@ from allocated import Allocated  # noqa: E402
 from engine import build_stage, step_of  # noqa: E402
 
 from mindspeed_lora.arguments.configs import LORA_TARGETS, RecomputeFlags  # noqa: E402
-from mindspeed_lora.ops.grouped import widens_groups  # noqa: E402
 from mindspeed_lora.ops.products import widens  # noqa: E402
 from mindspeed_lora.training.memory import GIB, estimate  # noqa: E402
 from mindspeed_lora.training.sizes import RunSizes  # noqa: E402
@@ -90,8 +89,7 @@ def sizes_of(case: Case, model: ModelConfig, device: torch.device) -> RunSizes:
         length=case.length,
         recompute=case.recompute,
         device_type=device.type,
-        widened=widens(device.type, dtype.itemsize),
-        experts_widened=widens_groups(device.type, dtype.itemsize),
+        widened=widens(device.type, dtype),
     )
 
 

@@ -118,6 +118,7 @@ def our_side(folder: Path, dtype: Any, fusion: bool = True, full: bool = False) 
     from mindspeed_lora.lora.inject import inject_lora
     from mindspeed_lora.model.stage import build_stage_modules
     from mindspeed_lora.parallel.context import single_process_context
+    from mindspeed_lora.parallel.grouped import choose_products
     from mindspeed_lora.training.flat import FlatLayout
     from mindspeed_lora.training.gradients import FlatGradients
     from mindspeed_lora.training.optimizer import FlatAdamW
@@ -133,6 +134,7 @@ def our_side(folder: Path, dtype: Any, fusion: bool = True, full: bool = False) 
     if not full:
         inject_lora(stages[0], table, LoraSpec(16, 32.0, LORA_TARGETS), context, fusion=fusion, seed=0)
     load_base(stages, base, table, context)
+    choose_products(stages, base.config, grouped=False)
     layout = FlatLayout(trained_parameters(stages, table, context), context, False)
     flat = layout.flatten_parameters()
     gradients = FlatGradients(layout, context, False)

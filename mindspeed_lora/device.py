@@ -155,18 +155,26 @@ def _cpu_fields() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
+def _cpu_flags() -> list[str]:
+    return _cpu_fields().get("flags", "").split()
+
+
 @functools.cache
-def cpu_multiplies_16_bit_fast() -> bool:
-    """Whether this CPU multiplies bf16 matrices faster than fp32 ones: AMX, Arm's bf16, or AMD's avx512_bf16 at twice fp32's rate."""
+def cpu_multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of ``dtype``, bf16 or fp16, faster than fp32 ones.
+
+    Arm's do, Intel's with AMX, and AMD's avx512_bf16 at twice fp32's rate; its fp16 takes eight times as long as fp32.
+    """
     if platform.machine().lower() in ("aarch64", "arm64"):
         return True
-    return "amx_bf16" in _cpu_fields().get("flags", "").split() or small_bf16_products_are_slow()
+    if dtype == torch.float16:
+        return "amx_fp16" in _cpu_flags()
+    return "amx_bf16" in _cpu_flags() or small_bf16_products_are_slow()
 
 
 def small_bf16_products_are_slow() -> bool:
     """Whether bf16 matrices must be large to be multiplied fast, larger than flash attention's: AMD's avx512_bf16 (measured on Zen 5)."""
-    fields = _cpu_fields()
-    return fields.get("vendor_id") == "AuthenticAMD" and "avx512_bf16" in fields.get("flags", "").split()
+    return _cpu_fields().get("vendor_id") == "AuthenticAMD" and "avx512_bf16" in _cpu_flags()
 
 
 @functools.cache
@@ -174,7 +182,7 @@ def mkl_leaves_units_idle() -> bool:
     """Whether oneDNN multiplies fp32 matrices twice as fast as MKL: AMD from family 26 (Zen 5) on, whose 512-bit units MKL half uses."""
     fields = _cpu_fields()
     recent = fields.get("vendor_id") == "AuthenticAMD" and int(fields.get("cpu family", 0)) >= 26
-    return recent and "avx512f" in fields.get("flags", "").split() and torch.backends.mkldnn.is_available()
+    return recent and "avx512f" in _cpu_flags() and torch.backends.mkldnn.is_available()
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

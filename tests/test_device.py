@@ -42,18 +42,19 @@ def test_memory_that_a_step_frees_is_not_faulted_in_again() -> None:
 @pytest.mark.parametrize(
     ("fields", "idle", "fast"),
     [
-        ({"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx2 avx512f avx512_bf16"}, True, True),
-        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "flags": "avx2 avx512f avx512_bf16"}, False, True),
-        ({"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx2"}, False, False),
-        ({"vendor_id": "GenuineIntel", "cpu family": "6", "flags": "avx512f avx512_bf16"}, False, False),
-        ({"vendor_id": "GenuineIntel", "cpu family": "26", "flags": "avx512f avx512_bf16 amx_bf16"}, False, True),
-        ({}, False, False),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx2 avx512f avx512_bf16"}, True, {torch.bfloat16}),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "flags": "avx2 avx512f avx512_bf16"}, False, {torch.bfloat16}),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx2"}, False, set()),
+        ({"vendor_id": "GenuineIntel", "cpu family": "6", "flags": "avx512f avx512_bf16"}, False, set()),
+        ({"vendor_id": "GenuineIntel", "cpu family": "26", "flags": "avx512f avx512_bf16 amx_bf16"}, False, {torch.bfloat16}),
+        ({"vendor_id": "GenuineIntel", "flags": "amx_bf16 amx_fp16"}, False, {torch.bfloat16, torch.float16}),
+        ({}, False, set()),
     ],
 )
 def test_what_a_cpu_multiplies_fast_is_read_from_what_it_says(
-    fields: dict[str, str], idle: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
+    fields: dict[str, str], idle: bool, fast: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "_cpu_fields", lambda: fields)
     monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
     assert device.mkl_leaves_units_idle.__wrapped__() == (idle and torch.backends.mkldnn.is_available())
-    assert device.cpu_multiplies_16_bit_fast.__wrapped__() == fast
+    assert {dtype for dtype in (torch.bfloat16, torch.float16) if device.cpu_multiplies_fast.__wrapped__(dtype)} == fast

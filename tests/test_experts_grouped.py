@@ -13,14 +13,15 @@ from helpers import make_model
 
 from mindspeed_lora.errors import UsageError
 from mindspeed_lora.lora.experts import GroupedLora
-from mindspeed_lora.ops import grouped
-from mindspeed_lora.ops.grouped import Products, RowGroups, Sequential, TorchGrouped, default_products, grouped_refusal
+from mindspeed_lora.ops import grouped, products
+from mindspeed_lora.ops.grouped import Products, RowGroups, Sequential, TorchGrouped, Windowed, default_products, grouped_refusal
 from mindspeed_lora.parallel.grouped import GroupedLinear, choose_products
 from mindspeed_lora.parallel.pipeline import PipelineRunner
 
 EXPERTS, IN, OUT, RANK, SCALE = 4, 24, 16, 8, 2.0
 LENGTHS = {
     "usual": (7, 0, 60, 3),
+    "long": (70, 0, 300, 33, 5, 20),
     "one takes all": (0, 0, 80, 0),
     "few rows": (1, 0, 2, 0),
     "a token's": (0, 1, 0, 0, 0, 0, 2, 0, 0),
@@ -29,6 +30,7 @@ LENGTHS = {
 CPU = torch.device("cpu")
 KINDS = [
     Sequential(),
+    Windowed(),
     pytest.param(TorchGrouped(), marks=pytest.mark.skipif(grouped_refusal(CPU, torch.float32, []) is not None, reason="torch has none")),
 ]
 
@@ -57,7 +59,7 @@ def _lora(t: dict[str, torch.Tensor], lengths: tuple[int, ...], products: Produc
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("products", KINDS, ids=["sequential", "torch"])
+@pytest.mark.parametrize("products", KINDS, ids=["sequential", "windowed", "torch"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 def test_lora_equals_merged_matrices_in_float64(products: Products, lengths: tuple[int, ...], dtype: torch.dtype, bound: float) -> None:
     if dtype == torch.float64 and isinstance(products, TorchGrouped):
@@ -73,7 +75,7 @@ def test_lora_equals_merged_matrices_in_float64(products: Products, lengths: tup
             assert not got["a"][expert].any() and not got["b"][expert].any(), f"expert {expert} has no rows"
 
 
-@pytest.mark.parametrize("products", KINDS, ids=["sequential", "torch"])
+@pytest.mark.parametrize("products", KINDS, ids=["sequential", "windowed", "torch"])
 def test_an_address_that_the_kernel_does_not_take(products: Products) -> None:
     """A and B are views into the optimizer's flat buffer, at any element."""
     t = {name: value.float() for name, value in _tensors(LENGTHS["usual"]).items()}
@@ -86,7 +88,7 @@ def test_an_address_that_the_kernel_does_not_take(products: Products) -> None:
     assert t["a"].data_ptr() % 16 and grouped._aligned(t["a"]).data_ptr() % 16 == 0  # torch 2.11's CPU takes any, CUDA does not
 
 
-@pytest.mark.parametrize("products", KINDS, ids=["sequential", "torch"])
+@pytest.mark.parametrize("products", KINDS, ids=["sequential", "windowed", "torch"])
 def test_the_plain_layer_and_its_weight_gradient(products: Products) -> None:
     t, lengths = _tensors(LENGTHS["usual"]), LENGTHS["usual"]
     layer = GroupedLinear(EXPERTS, IN, OUT, torch.float32, CPU)
@@ -174,7 +176,10 @@ def test_the_default_is_the_device_s_fastest(monkeypatch: pytest.MonkeyPatch) ->
 
     _pretend(monkeypatch, (2, 13), (9, 0))
     assert kind("cuda") is TorchGrouped
-    assert kind("cuda", sizes=(4,)) is Sequential and kind("cuda", torch.float32) is Sequential and kind("cpu") is Sequential
+    assert kind("cuda", sizes=(4,)) is Sequential and kind("cuda", torch.float32) is Sequential and kind("cpu", torch.float64) is Sequential
+    for fast in (False, True):
+        monkeypatch.setattr(products, "cpu_multiplies_fast", lambda dtype, fast=fast: fast and dtype == torch.bfloat16)
+        assert [kind("cpu", dtype) is Windowed for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [False, fast, False]
     _pretend(monkeypatch, (2, 13), (8, 0))
     assert kind("cuda") is Sequential  # torch's function is a loop there
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mindspeed_lora.device import cpu_multiplies_16_bit_fast
+from mindspeed_lora.device import cpu_multiplies_fast
 from mindspeed_lora.ops import products
 from mindspeed_lora.parallel import collectives
 from mindspeed_lora.parallel.context import ParallelContext, build_context
@@ -134,7 +134,7 @@ def test_bf16_of_many_rows_is_within_its_rounding(pool: Any, tp_size: int, seque
     """From 64 rows on a CPU may multiply in fp32 (40 x 2 cut over two ranks: the whole alone has as many); lost terms are 30 % and more."""
     results = pool.run(_run_pair, tp_size, tp_size, sequence_parallel, True, sequence, torch.bfloat16)
     got = _assemble(results, sequence_parallel)
-    tolerance = 0.04 if cpu_multiplies_16_bit_fast() else 0.02  # there u and its gradient are rounded to bf16 too
+    tolerance = 0.04 if cpu_multiplies_fast(torch.bfloat16) else 0.02  # there u and its gradient are rounded to bf16 too
     for name, expected in _reference(sequence, torch.bfloat16).items():
         assert float((got[name].double() - expected).norm() / expected.norm()) < tolerance, name
 
@@ -144,7 +144,7 @@ def test_gradients_summed_over_a_few_rows_at_a_time(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, sequence: int, tolerance: float
 ) -> None:
     """Five or three rows of the 16 (80) at a time, and fewer in the end; in bf16 where its products are made in fp32."""
-    monkeypatch.setattr(products, "cpu_multiplies_16_bit_fast", lambda: False)
+    monkeypatch.setattr(products, "cpu_multiplies_fast", lambda dtype: False)
     monkeypatch.setattr(products, "_CACHED_ELEMENTS", 5 * HIDDEN // torch.get_num_threads())
     assert len(products.cached_rows(_tensors(sequence, dtype)["dy"].flatten(0, 1))) > 1
     got = _run_pair(1, False, True, sequence, dtype)

@@ -98,7 +98,7 @@ def test_attention_on_a_cpu_never_makes_the_scores(takes_groups: bool, monkeypat
 @pytest.mark.parametrize("wide", [False, True])
 def test_products_round_once_and_write_where_they_are_told(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Widened on a CPU without 16-bit matrix units, in several blocks of the weight's rows; as they are where it has them."""
-    monkeypatch.setattr(products, "cpu_multiplies_16_bit_fast", lambda: not wide)
+    monkeypatch.setattr(products, "cpu_multiplies_fast", lambda dtype: not wide)
     monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 100)
     draw = _draw(3)
     x, weight, bias = draw(70, 24).bfloat16(), draw(40, 24).bfloat16(), draw(40).bfloat16()
@@ -119,7 +119,7 @@ def test_products_round_once_and_write_where_they_are_told(wide: bool, monkeypat
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_widened_linear_is_exact_to_one_rounding_and_keeps_little(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU without 16-bit matrix units, in several blocks: y, dx, dW and the bias's gradient, and x kept only for dW."""
-    monkeypatch.setattr(products, "cpu_multiplies_16_bit_fast", lambda: False)
+    monkeypatch.setattr(products, "cpu_multiplies_fast", lambda dtype: False)
     monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 100)
     draw = _draw(8)
     x, weight, bias, dy = draw(35, 2, 24).bfloat16(), draw(40, 24).bfloat16(), draw(40).bfloat16(), draw(35, 2, 40).bfloat16()

@@ -11,10 +11,11 @@ An empty group gives no rows, and a zero matrix. The classes give the same withi
 | class        | how                                                  | where                                       |
 |--------------|------------------------------------------------------|---------------------------------------------|
 | Sequential   | one product after the other                          | anywhere                                    |
+| Windowed     | the same, of few numbers of rows                     | a CPU that multiplies 16 bits fast          |
 | TorchGrouped | ``torch.nn.functional.grouped_mm``, one call for all | CUDA (a kernel for bf16, sm 90 on), CPU     |
 | NpuGrouped   | ``npu_grouped_matmul``                               | NPU                                         |
 
-``widen`` gives rows the dtype of their products: fp32 on a CPU with MKL.
+``widen`` gives rows the dtype of their products (:mod:`~mindspeed_lora.ops.products`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from mindspeed_lora.ops.products import widens
 
 _FEW_ROWS_A_GROUP = 4  # below this reading a large matrix is all that its product costs, and widening it doubles that
 _FEW_GROUPS = 4  # with fewer than one in four that has rows, a view of each is cheaper than splitting (8 of 128: 41 us, not 452)
+_WINDOW = 32  # rows: lengths of windows are multiples of it
 _ALIGNMENT = 16  # bytes, of every stride and address that torch's grouped product takes
 
 
@@ -90,17 +92,13 @@ class Products(Protocol):
 
 
 class Sequential:
-    """One group after the other; fp32 on a CPU by MKL throughout.
-
-    oneDNN, which multiplies 16 bits everywhere and on some CPUs fp32 (:mod:`~mindspeed_lora.ops.products`), compiles a kernel for each
-    new number of rows, 0.4 ms, and experts have new ones in every step.
-    """
+    """One group after the other."""
 
     name = "one expert after the other"
 
     def widen(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """See the protocol."""
-        return _widened(rows, groups)
+        return rows.float() if widens(rows.device.type, rows.dtype) and not _are_few(rows, groups) else rows
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """See the protocol."""
@@ -123,14 +121,8 @@ class Sequential:
         return result
 
 
-def _widened(rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
-    few = rows.shape[0] < _FEW_ROWS_A_GROUP * len(groups.counts)
-    return rows.float() if not few and widens_groups(rows.device.type, rows.dtype.itemsize) else rows
-
-
-def widens_groups(device_type: str, itemsize: int) -> bool:
-    """Whether many rows of so many bytes an element become fp32 where experts multiply them on this machine."""
-    return device_type == "cpu" and itemsize == 2 and (torch.backends.mkl.is_available() or widens(device_type, itemsize))
+def _are_few(rows: torch.Tensor, groups: RowGroups) -> bool:
+    return rows.shape[0] < _FEW_ROWS_A_GROUP * len(groups.counts)
 
 
 def _parts(
@@ -143,14 +135,64 @@ def _parts(
     return ((rows, matrix, out) for length, rows, matrix, out in parts if length)
 
 
+class Windowed(Sequential):
+    """One group after the other in windows of few lengths: oneDNN, which multiplies 16 bits, compiles a kernel for each new one (0.4 ms).
+
+    A window begins with a group's first row and reaches into the rows of groups behind it, whose results are written later.
+    """
+
+    name = "one expert after the other, in windows"
+
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """See the protocol."""
+        if _are_few(x, groups):
+            return super().matmul(x, weight, groups)
+        y = x.new_empty(x.shape[0], weight.shape[2])
+        for group, own, window in _windows(groups, len(x)):
+            if window.start == own.start:
+                torch.mm(x[window], weight[group], out=y[window])
+            else:
+                y[own] = torch.mm(x[window], weight[group])[_inside(own, window)]
+        return y
+
+    def add_matmul(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups, scale: float = 1.0) -> torch.Tensor:
+        """See the protocol."""
+        return y.add_(self.matmul(x, weight, groups), alpha=scale)
+
+    def outer(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """See the protocol; what is not finite in a row may reach other groups."""
+        if _are_few(x, groups):
+            return super().outer(y, x, groups)
+        result = y.new_zeros(len(groups.lengths), y.shape[1], x.shape[1])
+        for group, own, window in _windows(groups, len(x)):
+            left = y.new_zeros(window.stop - window.start, y.shape[1])
+            left[_inside(own, window)] = y[own]
+            torch.mm(left.t(), x[window], out=result[group])
+        return result
+
+
+def _windows(groups: RowGroups, count: int) -> Iterator[tuple[int, slice, slice]]:
+    """(group, its rows, its window of the ``count`` rows) of every group that has rows; at the end windows begin before their group."""
+    for group, start, stop in groups.filled:
+        length = stop - start
+        step = max(_WINDOW, 1 << length.bit_length() >> 4)  # long ones reach an eighth beyond, at most
+        size = -(-length // step) * step
+        end = min(start + size, count)
+        yield group, slice(start, stop), slice(max(0, end - size), end)
+
+
+def _inside(own: slice, window: slice) -> slice:
+    return slice(own.start - window.start, own.stop - window.start)
+
+
 class TorchGrouped:
     """torch's grouped product; :func:`grouped_refusal` says where it may be used."""
 
     name = "torch's grouped product"
 
     def widen(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
-        """See the protocol."""
-        return _widened(rows, groups)
+        """See the protocol; on a CPU always, as it is a loop there whose products have new numbers of rows (see ``Windowed``)."""
+        return rows.float() if rows.device.type == "cpu" and rows.dtype.itemsize == 2 and not _are_few(rows, groups) else rows
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """See the protocol."""
@@ -243,5 +285,7 @@ def default_products(device: torch.device, dtype: torch.dtype, sizes: Iterable[i
     """
     if device.type == "npu":
         return NpuGrouped()
+    if device.type == "cpu" and dtype.itemsize == 2 and not widens("cpu", dtype):
+        return Windowed()
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
     return TorchGrouped() if fast and grouped_refusal(device, dtype, sizes) is None else Sequential()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from mindspeed_lora.device import cpu_multiplies_16_bit_fast, mkl_leaves_units_idle
+from mindspeed_lora.device import cpu_multiplies_fast, mkl_leaves_units_idle
 
 _FEW_ROWS = 64  # widening would only add to what the weight costs
 _THIN = 64  # up to here a sum of products is passes over the result, and oneDNN's needs one of its own
@@ -21,9 +21,9 @@ _CACHED_ELEMENTS = 1 << 18  # of rows that two products in turn take: 1 MiB of f
 _BLOCK_ELEMENTS = 1 << 22  # of a weight widened at once: 16 MiB, which the allocator keeps
 
 
-def widens(device_type: str, itemsize: int) -> bool:
-    """Whether many rows of so many bytes an element become fp32 where they are multiplied on this machine."""
-    return device_type == "cpu" and itemsize == 2 and not cpu_multiplies_16_bit_fast()
+def widens(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether many rows of ``dtype`` become fp32 where they are multiplied on this machine."""
+    return device_type == "cpu" and dtype.itemsize == 2 and not cpu_multiplies_fast(dtype)
 
 
 def has_few_rows(x: torch.Tensor) -> bool:
@@ -33,7 +33,7 @@ def has_few_rows(x: torch.Tensor) -> bool:
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
     """dtype of the products of ``x`` (rows on all dims but the last) with a weight of the same dtype."""
-    if has_few_rows(x) or not widens(x.device.type, x.dtype.itemsize):
+    if has_few_rows(x) or not widens(x.device.type, x.dtype):
         return x.dtype
     return torch.float32
 

@@ -172,7 +172,7 @@ def _routed_bytes_per_token(sizes: RunSizes, shape: ExpertShape) -> float:
     Per token: the router's scores and, for each of its experts, weight, number and places (fp32 and int64).
     """
     hidden, width, ffn = sizes.model.hidden_size, sizes.parameter_bytes, shape.ffn_hidden_size / sizes.expert_tp_size
-    low_rank, row = (4 if sizes.experts_widened else width) * _rank(sizes), width * (2 * ffn + hidden)
+    low_rank, row = (4 if sizes.widened else width) * _rank(sizes), width * (2 * ffn + hidden)
     for module, size in (("linear_fc1", hidden), ("linear_fc2", ffn)):
         row += width * size + low_rank if sizes.lora is None or module in sizes.lora.targets else 0
     return _expert_rows(sizes, shape) * row + 4 * shape.count + 32 * shape.routing.top_k
@@ -225,9 +225,9 @@ def _layer_backward(sizes: RunSizes, counts: StageParameters) -> float:
     gradients = tokens * ffn / sizes.tp_size * (3 * width + (2 * 4 if sizes.widened else 0))
     if shape is not None:
         hidden, expert_ffn = sizes.model.hidden_size, shape.ffn_hidden_size / sizes.expert_tp_size
-        row = 4 * hidden + 6 * expert_ffn if sizes.experts_widened else 2 * width * hidden
+        row = 4 * hidden + 6 * expert_ffn if sizes.widened else 2 * width * hidden
         gradients = max(gradients, tokens * _expert_rows(sizes, shape) * row)
-    trained = 0 if sizes.lora else counts.largest * (width + (4 if shape is not None and sizes.experts_widened else 0))
+    trained = 0 if sizes.lora else counts.largest * (width + (4 if shape is not None and sizes.widened else 0))
     return gradients + trained
 
 

@@ -44,8 +44,7 @@ class RunSizes:
     qlora: bool = False
     pipeline_buffer_fraction: float = 0.05
     device_type: str = "cuda"  # cpu, or what else computes
-    widened: bool = False  # 16-bit values become fp32 where they are multiplied, attention's too: ops.products.widens
-    experts_widened: bool = False  # the same of experts: ops.grouped.widens_groups
+    widened: bool = False  # 16-bit values become fp32 where they are multiplied, in attention and experts too: ops.products.widens
 
     @property
     def world_size(self) -> int:

@@ -10,7 +10,6 @@ from mindspeed_lora.arguments.configs import TrainConfig
 from mindspeed_lora.checkpoint.load import LoadReport
 from mindspeed_lora.checkpoint.together import gather_from_all
 from mindspeed_lora.device import total_memory_bytes
-from mindspeed_lora.ops.grouped import widens_groups
 from mindspeed_lora.ops.products import widens
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.pipeline import bubble_fraction
@@ -79,8 +78,7 @@ def report_start(plan: TrainingPlan, context: ParallelContext, loaded: LoadRepor
     base, adapter = (sum(getattr(report, name) for report in every) for name in ("base", "adapter"))
     device_bytes = min(gather_from_all(total_memory_bytes(context.device), context))
     kind = context.device.type
-    width = plan.sizes.parameter_bytes
-    sizes = replace(plan.sizes, device_type=kind, widened=widens(kind, width), experts_widened=widens_groups(kind, width))
+    sizes = replace(plan.sizes, device_type=kind, widened=widens(kind, plan.dtype))
     _, largest = memory.largest_estimate(sizes, device_bytes)
     model = plan.model
     fresh = "none loaded, initialised by seed" if lora else "none"
