@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mindspeed_lora import ops
-from mindspeed_lora.ops import cpu, cuda, eager, fused, products
+from mindspeed_lora.ops import cpu, cuda, eager, few_rows, fused, products
 
 KERNELS: dict[str, tuple[tuple[int, ...], Callable[[Any], tuple[Any, ...]]]] = {
     "rms_norm": ((5, 2, 3, 8), lambda draw: (draw(8), 1e-3)),
@@ -156,7 +156,9 @@ def test_without_gradients_the_kernels_say_the_same() -> None:
 @pytest.mark.parametrize("rows", [1, 3, 4, 8, 11, 12, 16, 17])
 @pytest.mark.parametrize("outputs", [128, 129])  # whole blocks of outputs, or not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_of_a_few_rows(rows: int, outputs: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_products_of_a_few_rows(rows: int, outputs: int, dtype: torch.dtype, by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "mkl_leaves_units_idle", lambda: by_onednn)
     draw, (rtol, atol) = _draw(5), (1e-5, 1e-5) if dtype == torch.float32 else (1e-2, 5e-2)
     x, weight, bias = draw(1, rows, 24).to(dtype), draw(outputs, 24).to(dtype), draw(outputs).to(dtype)
     got = ops.linear(x, weight, bias)
@@ -164,3 +166,7 @@ def test_products_of_a_few_rows(rows: int, outputs: int, dtype: torch.dtype) -> 
     want = x.double() @ weight.double().t() + bias.double()
     torch.testing.assert_close(got.double(), want, rtol=rtol, atol=atol)
     torch.testing.assert_close(ops.linear(x, weight).double(), want - bias.double(), rtol=rtol, atol=atol)
+    if rows == 1 and dtype == torch.float32:
+        vector = x.view(-1)
+        torch.testing.assert_close(few_rows.times_vector(weight, vector, bias, 0.5), (want - bias).view(-1).float() / 2 + bias)
+        torch.testing.assert_close(few_rows.times_vector(weight, vector, scale=0.5), (want - bias).view(-1).float() / 2)

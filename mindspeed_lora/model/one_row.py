@@ -23,6 +23,7 @@ from torch import nn
 from mindspeed_lora.model.decode import DecodeState
 from mindspeed_lora.model.layers import MLP, SelfAttention, TransformerLayer
 from mindspeed_lora.model.rotary import RotaryTables
+from mindspeed_lora.ops.few_rows import times_vector
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.layers import leave_row
 
@@ -73,7 +74,7 @@ class _Product:
 
     def __call__(self, x: torch.Tensor, onto: torch.Tensor | None, scale: float = 1.0) -> torch.Tensor:
         """``onto + scale W x``: x ``[in]``, onto ``[out]``."""
-        y = torch.addmv(x[:1], self.weight, x, beta=0, alpha=scale) if onto is None else torch.addmv(onto, self.weight, x, alpha=scale)
+        y = times_vector(self.weight, x, onto, scale)
         if self.added is None:
             return y
         a, b, factor = self.added

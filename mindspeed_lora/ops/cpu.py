@@ -18,7 +18,7 @@ from mindspeed_lora.device import small_bf16_products_are_slow
 from mindspeed_lora.ops import eager, few_rows, fused
 from mindspeed_lora.ops.cpu_attention import causal_attention
 from mindspeed_lora.ops.fused import Grads, rotate, swiglu
-from mindspeed_lora.ops.products import goes_to_onednn, has_few_rows, product_dtype, times, times_transposed, transposed_times, wide_rows
+from mindspeed_lora.ops.products import goes_to_onednn, product_dtype, times, times_transposed, transposed_times, wide_rows
 
 __all__ = ["attention", "document_attention", "exp_", "linear", "rms_norm", "rotate", "swiglu"]
 
@@ -47,9 +47,11 @@ class _WidenedLinear(torch.autograd.Function):
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.linear`."""
-    if product_dtype(x) != x.dtype or (goes_to_onednn(x) and not has_few_rows(x)):
+    if product_dtype(x) == x.dtype and not torch.is_grad_enabled():
+        return few_rows.linear(x, weight, bias)
+    if product_dtype(x) != x.dtype or goes_to_onednn(x):
         return _WidenedLinear.apply(x, weight, bias)
-    return (eager if torch.is_grad_enabled() else few_rows).linear(x, weight, bias)
+    return eager.linear(x, weight, bias)
 
 
 def exp_(x: torch.Tensor) -> torch.Tensor:

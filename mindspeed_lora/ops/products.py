@@ -26,14 +26,9 @@ def widens(device_type: str, dtype: torch.dtype) -> bool:
     return device_type == "cpu" and dtype.itemsize == 2 and not cpu_multiplies_fast(dtype)
 
 
-def has_few_rows(x: torch.Tensor) -> bool:
-    """Whether ``x`` (rows on all dims but the last) is so small that reading the weight is what its product costs."""
-    return x.numel() < _FEW_ROWS * x.shape[-1]
-
-
 def product_dtype(x: torch.Tensor) -> torch.dtype:
     """dtype of the products of ``x`` (rows on all dims but the last) with a weight of the same dtype."""
-    if has_few_rows(x) or not widens(x.device.type, x.dtype):
+    if x.numel() < _FEW_ROWS * x.shape[-1] or not widens(x.device.type, x.dtype):
         return x.dtype
     return torch.float32
 
