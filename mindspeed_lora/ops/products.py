@@ -62,8 +62,8 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sc
 
 
 def cached_rows(x: torch.Tensor) -> list[slice]:
-    """Rows of ``x`` ``[m, k]`` to multiply at a time: on a CPU, where they make fp32 products, as many as its caches hold; else all."""
-    if x.device.type != "cpu" or product_dtype(x).itemsize < 4:
+    """Rows of ``x`` ``[m, k]`` to multiply at a time: where MKL makes fp32 products, as many as a CPU's caches hold; else all."""
+    if x.device.type != "cpu" or product_dtype(x).itemsize < 4 or goes_to_onednn(x):
         return [slice(None)]
     size = max(1, _CACHED_ELEMENTS * torch.get_num_threads() // x.shape[1])
     return [slice(start, start + size) for start in range(0, max(x.shape[0], 1), size)]
