@@ -1,6 +1,6 @@
 """Causal attention in bf16 for a CPU that multiplies large bf16 matrices fast, but not the small ones of torch's flash attention.
 
-Some hundred queries take all keys before them in one batched product, a piece of at most :data:`_SCORES` scores at a time. As in flash
+Some hundred queries take all keys before them in one batched product, pieces of about :data:`_SCORES` scores at a time. As in flash
 attention only the output and the logarithm of each query's sum are kept. What is large in a query's scores is subtracted before they
 are rounded to bf16: as two more columns of the product's inner dimension, which sums in fp32 (``-m`` and what its rounding left,
 times ones)::
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from mindspeed_lora.ops.fused import Grads
 
-_QUERIES = 256
+_QUERIES, _FEWEST_QUERIES = 256, 64
 _SCORES = 1 << 21  # 4 MiB, and as much again of their gradient: a core's share of the third-level cache
 
 
@@ -37,8 +37,9 @@ def _with_ones(keys: torch.Tensor) -> torch.Tensor:
 def _pieces(queries: torch.Tensor) -> Iterator[tuple[slice, slice]]:
     """(groups, positions) to work on at once; queries ``[b g, n/g, s, d]``."""
     groups, heads, length = queries.shape[:3]
-    for start in range(0, length, _QUERIES):
-        stop = min(start + _QUERIES, length)
+    count = min(_QUERIES, max(_FEWEST_QUERIES, _SCORES // (heads * length)))
+    for start in range(0, length, count):
+        stop = min(start + count, length)
         size = max(1, _SCORES // (heads * (stop - start) * stop))
         yield from ((slice(first, first + size), slice(start, stop)) for first in range(0, groups, size))
 

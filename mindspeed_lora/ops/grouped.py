@@ -29,7 +29,7 @@ from typing import Protocol
 import torch
 
 from mindspeed_lora.device import load_torch_npu, torch_version
-from mindspeed_lora.ops.products import widens
+from mindspeed_lora.ops.products import product, widens
 
 _FEW_ROWS_A_GROUP = 4  # below this reading a large matrix is all that its product costs, and widening it doubles that
 _FEW_GROUPS = 4  # with fewer than one in four that has rows, a view of each is cheaper than splitting (8 of 128: 41 us, not 452)
@@ -103,8 +103,9 @@ class Sequential:
     def matmul(self, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """See the protocol."""
         y = x.new_empty(x.shape[0], weight.shape[2])
+        multiply = product if _are_few(x, groups) else torch.mm  # oneDNN's, where it is faster, of few rows only: see Windowed
         for rows, matrix, out in _parts(groups, x, weight, y):
-            torch.mm(rows, matrix.to(rows.dtype), out=out)
+            multiply(rows, matrix.to(rows.dtype), out=out)
         return y
 
     def add_matmul(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups, scale: float = 1.0) -> torch.Tensor:
