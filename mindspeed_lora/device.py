@@ -169,11 +169,15 @@ def cpu_multiplies_fast(dtype: torch.dtype) -> bool:
         return True
     if dtype == torch.float16:
         return "amx_fp16" in _cpu_flags()
-    return "amx_bf16" in _cpu_flags() or small_bf16_products_are_slow()
+    return "amx_bf16" in _cpu_flags() or _has_bf16_of_amd()
 
 
 def small_bf16_products_are_slow() -> bool:
     """Whether bf16 matrices must be large to be multiplied fast, larger than flash attention's: AMD's avx512_bf16 (measured on Zen 5)."""
+    return _has_bf16_of_amd()
+
+
+def _has_bf16_of_amd() -> bool:
     return _cpu_fields().get("vendor_id") == "AuthenticAMD" and "avx512_bf16" in _cpu_flags()
 
 
