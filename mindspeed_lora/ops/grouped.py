@@ -144,6 +144,10 @@ class Windowed(Sequential):
 
     name = "one expert after the other, in windows"
 
+    def widen(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """As they are."""
+        return rows
+
     def matmul(self, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """See the protocol."""
         if _are_few(x, groups):
