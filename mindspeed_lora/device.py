@@ -163,7 +163,7 @@ def _cpu_flags() -> list[str]:
 def cpu_multiplies_fast(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of ``dtype``, bf16 or fp16, faster than fp32 ones.
 
-    Arm's do, Intel's with AMX, and AMD's avx512_bf16 at twice fp32's rate; its fp16 takes eight times as long as fp32.
+    Arm's do, Intel's with AMX, and AMD's avx512_bf16 at twice fp32's rate; its fp16 takes 4 to 80 times as long as fp32.
     """
     if platform.machine().lower() in ("aarch64", "arm64"):
         return True
