@@ -107,3 +107,10 @@ def test_sure_tokens_keep_their_gradient(dtype: torch.dtype, scale: float, toler
     assert hidden.grad is not None and exact.grad is not None and hidden.grad.dtype == dtype and 0 < expected.detach().mean() < 1e-4
     assert (hidden.grad.double() / scale - exact.grad).norm() <= tolerance * exact.grad.norm()
     assert dtype == torch.bfloat16 or torch.allclose(losses.double(), expected, rtol=0.02, atol=0.0)
+
+
+def test_without_a_trained_token_the_gradients_are_zero() -> None:
+    hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
+    cross_entropy.linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.int64), 290, single_process_context()).sum().backward()
+    assert hidden.grad is not None and hidden.grad.shape == (0, 8)
+    assert weight.grad is not None and not weight.grad.any()

@@ -12,6 +12,7 @@ from torch import nn
 
 from mindspeed_lora.arguments.configs import OptimizerFlags
 from mindspeed_lora.parallel.context import ParallelContext, build_context, single_process_context
+from mindspeed_lora.training import gradients as gradients_module
 from mindspeed_lora.training.flat import FlatLayout, TrainedParameter
 from mindspeed_lora.training.gradients import FlatGradients, norm_in_pieces
 from mindspeed_lora.training.optimizer import STATE_NAMES, FlatAdamW
@@ -143,15 +144,16 @@ def test_tied_copies_share_one_gradient_and_count_once(pool: ProcessPool, sharde
     assert all(values == results[0][1] for _, values in results)
 
 
-def test_bf16_gradients_accumulate_in_fp32() -> None:
-    weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+def test_bf16_gradients_accumulate_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients_module, "_ADDED", 3)
+    weight = nn.Parameter(torch.ones(2, 4, dtype=torch.bfloat16))
     context = single_process_context()
     layout = FlatLayout([TrainedParameter("w", weight)], context, False)
     layout.flatten_parameters()
     gradients = FlatGradients(layout, context, False)
     for value in [256.0] + [1.0] * 8:  # bf16 has 8 bits: 256 + 1 = 256 there
-        (weight * value).sum().backward()
-    assert gradients.view("w").item() == 264.0
+        (weight.t() * torch.arange(8).view(4, 2) * value).sum().backward()
+    assert torch.equal(gradients.view("w"), 264.0 * torch.arange(8.0).view(4, 2).t())
     assert weight.grad is None
 
 

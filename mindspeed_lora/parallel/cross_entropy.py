@@ -77,12 +77,9 @@ def _logits(hidden: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     return logits.float() if logits.dtype.itemsize == 2 else logits
 
 
-def _add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+def _add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """``sums += left right``, multiplied in the dtype of ``right``."""
-    if right.dtype == sums.dtype:
-        add_product(sums, left, right)
-    else:
-        sums.add_(left.to(right.dtype) @ right)
+    return add_product(sums, left, right) if right.dtype == sums.dtype else sums.add_(left.to(right.dtype) @ right)
 
 
 def _sweep(
@@ -138,17 +135,19 @@ def _over_ranks(
 def _weight_grad(part: _Slice, hidden: torch.Tensor, target: torch.Tensor, log_sum: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """d loss / d W ``[v/t, h]`` in W's dtype: (p - onehot)^T (grad hidden), a block of columns after the other."""
     wide = hidden.to(product_dtype(hidden))
-    weight_grad = torch.zeros_like(part.weight)
+    weight_grad = torch.empty_like(part.weight)
+    weight_grad[part.valid :] = 0.0
     local, here = part.local_target(target)
     for columns, block in part.blocks(hidden.shape[0], wide.dtype):
-        sums = torch.zeros(block.shape, dtype=log_sum.dtype, device=block.device)
+        sums = None
         for rows in part.chunks(hidden.shape[0]):
             logit_grad = exp_(_logits(wide[rows], block).sub_(log_sum[rows].unsqueeze(1)))
             inside = here[rows] & (local[rows] >= columns.start) & (local[rows] < columns.stop)
             column = (local[rows] - columns.start).clamp(0, block.shape[0] - 1)
             logit_grad.scatter_add_(1, column.unsqueeze(1), -inside.to(logit_grad.dtype).unsqueeze(1))
-            _add_product(sums, logit_grad.mul_(grad[rows].unsqueeze(1)).t(), wide[rows])
-        weight_grad[columns] = sums
+            left, right = logit_grad.mul_(grad[rows].unsqueeze(1)).t(), wide[rows]
+            sums = product(left.to(right.dtype), right) if sums is None else _add_product(sums.to(log_sum.dtype), left, right)
+        weight_grad[columns] = 0.0 if sums is None else sums
     return weight_grad
 
 

@@ -24,6 +24,7 @@ from mindspeed_lora.training.flat import FlatLayout, TrainedParameter, intersect
 
 _CLIP_EPSILON = 1e-6  # Megatron's and torch's
 _PIECE = 1 << 16
+_ADDED = 1 << 18  # elements: 1 MiB in fp32, which a core's second-level cache holds
 
 
 def norm_in_pieces(values: torch.Tensor) -> torch.Tensor:
@@ -35,12 +36,21 @@ def norm_in_pieces(values: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.cat((torch.linalg.vector_norm(rows, dim=1), rest.view(1))))
 
 
+def _add(total: torch.Tensor, gradient: torch.Tensor) -> None:
+    """``total += gradient``; on a CPU in pieces, where torch would make an fp32 copy of a 16-bit gradient of any size."""
+    if total.device.type != "cpu" or gradient.dtype == total.dtype:
+        total.add_(gradient)
+        return
+    for part, added in zip(total.view(-1).split(_ADDED), gradient.reshape(-1).split(_ADDED), strict=True):
+        part.add_(added)
+
+
 def _accumulate_into(view: torch.Tensor) -> Callable[[nn.Parameter], None]:
     """A hook that adds a finished gradient into ``view`` (fp32) and frees it."""
 
     def hook(parameter: nn.Parameter) -> None:
         if parameter.grad is not None:
-            view.add_(parameter.grad)
+            _add(view, parameter.grad)
             parameter.grad = None
 
     return hook
