@@ -183,10 +183,9 @@ def _has_bf16_of_amd() -> bool:
 
 @functools.cache
 def mkl_leaves_units_idle() -> bool:
-    """Whether oneDNN multiplies fp32 matrices twice as fast as MKL: AMD from family 26 (Zen 5) on, whose 512-bit units MKL half uses."""
-    fields = _cpu_fields()
-    recent = fields.get("vendor_id") == "AuthenticAMD" and int(fields.get("cpu family", 0)) >= 26
-    return recent and "avx512f" in _cpu_flags() and torch.backends.mkldnn.is_available()
+    """Whether oneDNN multiplies fp32 matrices faster than MKL, which on AMD takes 256 bits at a time: by a tenth on Zen 4, twice on Zen 5."""
+    wide = _cpu_fields().get("vendor_id") == "AuthenticAMD" and "avx512f" in _cpu_flags()
+    return wide and torch.backends.mkldnn.is_available()
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -43,7 +43,7 @@ def test_memory_that_a_step_frees_is_not_faulted_in_again() -> None:
     ("fields", "idle", "fast"),
     [
         ({"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx2 avx512f avx512_bf16"}, True, {torch.bfloat16}),
-        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "flags": "avx2 avx512f avx512_bf16"}, False, {torch.bfloat16}),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "flags": "avx2 avx512f avx512_bf16"}, True, {torch.bfloat16}),
         ({"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx2"}, False, set()),
         ({"vendor_id": "GenuineIntel", "cpu family": "6", "flags": "avx512f avx512_bf16"}, False, set()),
         ({"vendor_id": "GenuineIntel", "cpu family": "26", "flags": "avx512f avx512_bf16 amx_bf16"}, False, {torch.bfloat16}),
