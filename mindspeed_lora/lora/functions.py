@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_lora.ops.products import add_outer, add_product, cached_rows, product, product_dtype, times, times_transposed, wide_rows
+from mindspeed_lora.ops.products import add_outer, add_product, in_cached_rows, product, product_dtype, times, times_transposed, wide_rows
 from mindspeed_lora.parallel import collectives
 from mindspeed_lora.parallel.context import ParallelContext
 
@@ -51,8 +51,8 @@ def _grad_a(grad_u: torch.Tensor, x: torch.Tensor, a: torch.Tensor) -> torch.Ten
     """``dA = g_u^T x`` in A's dtype; x is widened a few rows at a time."""
     x, total = _rows(x), None
     grad_u = grad_u.to(product_dtype(x))
-    for rows in cached_rows(x):
-        total = add_outer(total, grad_u[rows], x[rows].to(grad_u.dtype))
+    for rows, grads in in_cached_rows(x, grad_u):
+        total = add_outer(total, grads, rows.to(grad_u.dtype))
     assert total is not None
     return total.to(a.dtype)
 
@@ -66,9 +66,9 @@ def _grads_of_low_rank(dy: torch.Tensor, u: torch.Tensor, b: torch.Tensor, scale
     """``g_u = s dy B`` and :func:`_grad_b`, both of a few rows of dy while these are in the cache."""
     matrix, adapted = b.to(dy.dtype), scaled(u, scale).to(dy.dtype)
     grad_u, grad_b = dy.new_empty(dy.shape[0], b.shape[1]), None
-    for rows in cached_rows(dy):
-        product(dy[rows], matrix, grad_u[rows])
-        grad_b = add_outer(grad_b, adapted[rows], dy[rows])
+    for rows, adapted_rows, grads in in_cached_rows(dy, adapted, grad_u):
+        product(rows, matrix, grads)
+        grad_b = add_outer(grad_b, adapted_rows, rows)
     assert grad_b is not None
     return grad_u.mul_(scale), grad_b.t().to(b.dtype)
 

@@ -19,7 +19,7 @@ Grads = tuple[torch.Tensor | None, ...]
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     """At least fp32; no copy where it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype.itemsize == 2 else x
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -35,8 +35,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> Grads:
         x, weight, scale = ctx.saved_tensors
         wide, grad = _wide(x), _wide(dy * weight)
-        along = (grad * wide).sum(dim=-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])
-        grad = torch.mul(grad, scale).addcmul_(wide, along)
+        along = (grad * wide).sum(dim=-1, keepdim=True).mul_(scale.pow(3))
+        grad = torch.mul(grad, scale).addcmul_(wide, along, value=-1.0 / x.shape[-1])
         weight_grad = None
         if ctx.needs_input_grad[1]:
             weight_grad = (_wide(dy) * (wide * scale).to(x.dtype)).flatten(0, -2).sum(dim=0).to(weight.dtype)
@@ -48,11 +48,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     return _RMSNorm.apply(x, weight, epsilon)
 
 
-def _rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+def _rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, back: bool = False) -> torch.Tensor:
+    """``back``: by the transposed matrix, as gradients are."""
     y = x * cosine
-    (first, second), (y_first, y_second), (sine_first, sine_second) = x.chunk(2, -1), y.chunk(2, -1), sine.chunk(2, -1)
-    y_first.addcmul_(second, sine_first, value=-1)
-    y_second.addcmul_(first, sine_second)
+    (first, second), (y_first, y_second), sines = x.chunk(2, -1), y.chunk(2, -1), sine.chunk(2, -1)
+    y_first.addcmul_(second, sines[back], value=1 if back else -1)
+    y_second.addcmul_(first, sines[not back], value=-1 if back else 1)
     return y
 
 
@@ -64,12 +65,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Grads:
-        cosine, sine = ctx.saved_tensors
-        half = dy.shape[-1] // 2
-        grad = dy * cosine
-        grad[..., :half].addcmul_(dy[..., half:], sine[..., half:])
-        grad[..., half:].addcmul_(dy[..., :half], sine[..., :half], value=-1)
-        return grad, None, None
+        return _rotated(dy, *ctx.saved_tensors, back=True), None, None
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

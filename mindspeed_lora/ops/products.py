@@ -11,6 +11,8 @@ compiler calls, as torch has no public name for it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from mindspeed_lora.device import cpu_multiplies_fast, mkl_leaves_units_idle
@@ -61,12 +63,14 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sc
     return total.addmm_(left, right, alpha=scale)
 
 
-def cached_rows(x: torch.Tensor) -> list[slice]:
-    """Rows of ``x`` ``[m, k]`` to multiply at a time: where MKL makes fp32 products, as many as a CPU's caches hold; else all."""
+def in_cached_rows(x: torch.Tensor, *others: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
+    """x ``[m, k]`` and ``others`` ``[m, ...]`` in rows to multiply at a time: where MKL makes fp32 products, as many of x as a CPU's
+    caches hold; else all.
+    """
     if x.device.type != "cpu" or product_dtype(x).itemsize < 4 or goes_to_onednn(x):
-        return [slice(None)]
+        return [(x, *others)]
     size = max(1, _CACHED_ELEMENTS * torch.get_num_threads() // x.shape[1])
-    return [slice(start, start + size) for start in range(0, max(x.shape[0], 1), size)]
+    return zip(*(rows.split(size) for rows in (x, *others)), strict=True)
 
 
 def add_outer(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -65,10 +65,15 @@ class _Slice:
             yield columns, self.weight[columns].to(dtype)
 
     def local_target(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Column of each target on this rank (0 where it is not here) and whether it is here."""
-        local = target - self.first
+        """Column of each target on this rank (0 where it is not here) and whether it is here, both ``[n, 1]``."""
+        local = target.unsqueeze(1) - self.first
         here = (local >= 0) & (local < self.valid)
-        return local.masked_fill(~here, 0), here
+        return local.masked_fill_(~here, 0), here
+
+    def block_target(self, local: torch.Tensor, here: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Number of the block (of so many ``tokens``) that holds each target, -1 where none does, and its column there, ``[n, 1]``."""
+        size = self.tile.columns(tokens)
+        return local.floor_divide(size).masked_fill_(~here, -1), local % size
 
 
 def _logits(hidden: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
@@ -88,24 +93,24 @@ def _sweep(
     """(-log p of the target ``[n]``, log of the softmax's sum ``[n]``, gradient of hidden ``[n, h]`` or None), fp32 or wider."""
     wide = hidden.to(product_dtype(hidden))
     statistics = torch.promote_types(hidden.dtype, torch.float32)
-    largest = hidden.new_full((hidden.shape[0],), torch.finfo(statistics).min, dtype=statistics)
+    largest = hidden.new_full((hidden.shape[0], 1), torch.finfo(statistics).min, dtype=statistics)
     total = torch.zeros_like(largest)
     target_logit = torch.zeros_like(largest)
     grad = torch.zeros(hidden.shape, dtype=statistics, device=hidden.device) if with_grad else None
     local, here = part.local_target(target)
-    for columns, block in part.blocks(hidden.shape[0], wide.dtype):
+    owner, place = part.block_target(local, here, hidden.shape[0])
+    for number, (_, block) in enumerate(part.blocks(hidden.shape[0], wide.dtype)):
         logits = _logits(wide, block)
-        inside = here & (local >= columns.start) & (local < columns.stop)
-        column = (local - columns.start).clamp(0, block.shape[0] - 1).unsqueeze(1)
+        inside, column = owner == number, place.clamp(max=block.shape[0] - 1)
         picked = logits.gather(1, column)
-        target_logit += picked.squeeze(1).masked_fill(~inside, 0.0)
-        logits.scatter_(1, column, picked.masked_fill_(inside.unsqueeze(1), float("-inf")))
-        risen = torch.maximum(largest, logits.amax(dim=1))
+        target_logit = torch.where(inside, picked, target_logit)
+        logits.scatter_(1, column, picked.masked_fill_(inside, float("-inf")))
+        risen = torch.maximum(largest, logits.amax(dim=1, keepdim=True))
         shrink = (largest - risen).exp_()
-        exponentials = exp_(logits.sub_(risen.unsqueeze(1)))
-        total.mul_(shrink).add_(exponentials.sum(dim=1))
+        exponentials = exp_(logits.sub_(risen))
+        total.mul_(shrink).add_(exponentials.sum(dim=1, keepdim=True))
         if grad is not None:
-            _add_product(grad.mul_(shrink.unsqueeze(1)), exponentials, block)
+            _add_product(grad.mul_(shrink), exponentials, block)
         largest = risen
     return _over_ranks(part, largest, total, target_logit, grad, local, here)
 
@@ -119,17 +124,17 @@ def _over_ranks(
     local: torch.Tensor,
     here: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Join the ranks' sweeps; a rank of nothing but padding brings the smallest m and sums of 0."""
+    """Join the ranks' sweeps, ``[n, 1]`` each; a rank of nothing but padding brings the smallest m and sums of 0."""
     everywhere = all_reduce(largest.clone(), part.group, dist.ReduceOp.MAX)
     shrink = (largest - everywhere).exp_()
     total, target_logit = all_reduce(torch.stack([total * shrink, target_logit]), part.group)
     surplus = total.log().add_(everywhere).sub_(target_logit)
     if grad is not None:
         missed = surplus.sigmoid()  # 1 - p
-        grad.mul_((missed * shrink / total).unsqueeze(1))
-        grad.addcmul_(part.weight[local].to(grad.dtype), (missed * here).unsqueeze(1), value=-1)
+        grad.mul_(missed * shrink / total)
+        grad.addcmul_(part.weight[local.squeeze(1)].to(grad.dtype), missed * here, value=-1)
     losses = F.softplus(surplus)
-    return losses, losses + target_logit, grad
+    return losses.squeeze(1), (losses + target_logit).squeeze(1), grad
 
 
 def _weight_grad(part: _Slice, hidden: torch.Tensor, target: torch.Tensor, log_sum: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -137,14 +142,13 @@ def _weight_grad(part: _Slice, hidden: torch.Tensor, target: torch.Tensor, log_s
     wide = hidden.to(product_dtype(hidden))
     weight_grad = torch.empty_like(part.weight)
     weight_grad[part.valid :] = 0.0
-    local, here = part.local_target(target)
-    for columns, block in part.blocks(hidden.shape[0], wide.dtype):
+    owner, place = part.block_target(*part.local_target(target), hidden.shape[0])
+    for number, (columns, block) in enumerate(part.blocks(hidden.shape[0], wide.dtype)):
         sums = None
         for rows in part.chunks(hidden.shape[0]):
             logit_grad = exp_(_logits(wide[rows], block).sub_(log_sum[rows].unsqueeze(1)))
-            inside = here[rows] & (local[rows] >= columns.start) & (local[rows] < columns.stop)
-            column = (local[rows] - columns.start).clamp(0, block.shape[0] - 1)
-            logit_grad.scatter_add_(1, column.unsqueeze(1), -inside.to(logit_grad.dtype).unsqueeze(1))
+            inside, column = owner[rows] == number, place[rows].clamp(max=block.shape[0] - 1)
+            logit_grad.scatter_add_(1, column, -inside.to(logit_grad.dtype))
             left, right = logit_grad.mul_(grad[rows].unsqueeze(1)).t(), wide[rows]
             sums = product(left.to(right.dtype), right) if sums is None else _add_product(sums.to(log_sum.dtype), left, right)
         weight_grad[columns] = 0.0 if sums is None else sums

@@ -38,7 +38,7 @@ def norm_in_pieces(values: torch.Tensor) -> torch.Tensor:
 
 def _add(total: torch.Tensor, gradient: torch.Tensor) -> None:
     """``total += gradient``; on a CPU in pieces, where torch would make an fp32 copy of a 16-bit gradient of any size."""
-    if total.device.type != "cpu" or gradient.dtype == total.dtype:
+    if total.device.type != "cpu" or gradient.dtype == total.dtype or gradient.numel() <= _ADDED:
         total.add_(gradient)
         return
     for part, added in zip(total.view(-1).split(_ADDED), gradient.reshape(-1).split(_ADDED), strict=True):
