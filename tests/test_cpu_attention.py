@@ -25,6 +25,12 @@ def draw() -> Draw:
     return make
 
 
+@pytest.fixture(params=[0, 256], ids=["by products", "by flash attention"])
+def forward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How few queries are attended forward."""
+    monkeypatch.setattr(cpu_attention, "_FLASH", request.param)
+
+
 def _results(attention: Callable[..., torch.Tensor], inputs: list[torch.Tensor], dy: torch.Tensor) -> list[torch.Tensor]:
     y = attention(*inputs)
     return [y.detach().double(), *(grad.double() for grad in torch.autograd.grad(y, inputs, dy.to(y.dtype)))]
@@ -51,11 +57,13 @@ def test_every_piece_is_attention(groups: int, length: int, queries: int, scores
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.usefixtures("forward")
 def test_scores_may_be_large(scale: float | None, draw: Draw) -> None:
     """Of some hundred, where bf16 alone has steps of 1: what the query attends to most is as sure as in small scores."""
     _assert_as_in_float64([draw(4, 40, spread=20.0), draw(2, 40), draw(2, 40)], 3e-2, scale)
 
 
+@pytest.mark.usefixtures("forward")
 def test_a_key_ahead_takes_no_part_however_large(draw: Draw) -> None:
     """The last key's score is 2000 above all others for every query; before it, scores are -1000 (dq: 0.03 by flash attention)."""
     query, key, value = draw(2, 20), draw(2, 20), draw(2, 20)
@@ -66,6 +74,7 @@ def test_a_key_ahead_takes_no_part_however_large(draw: Draw) -> None:
     _assert_as_in_float64([query, key, value], 0.1)
 
 
+@pytest.mark.usefixtures("forward")
 def test_nothing_as_large_as_the_scores_is_kept(draw: Draw) -> None:
     inputs = [draw(4, 128), draw(2, 128), draw(2, 128)]
     kept: list[torch.Tensor] = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mindspeed_lora import ops
-from mindspeed_lora.ops import cpu, cuda, eager, few_rows, fused, products
+from mindspeed_lora.ops import cpu, cpu_attention, cuda, eager, few_rows, fused, products
 
 KERNELS: dict[str, tuple[tuple[int, ...], Callable[[Any], tuple[Any, ...]]]] = {
     "rms_norm": ((5, 2, 3, 8), lambda draw: (draw(8), 1e-3)),
@@ -81,7 +81,7 @@ def test_cpu_attention_in_16_bit_is_attention_in_fp32(length: int) -> None:
 def test_attention_on_a_cpu_never_makes_the_scores(takes_groups: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Grouped queries too, where torch's flash attention wants a key for each (2.7): nothing of ``[b, n, s, s]`` is kept."""
     if not takes_groups:
-        monkeypatch.setattr(cpu, "_flash_takes_groups", lambda: False)
+        monkeypatch.setattr(cpu_attention, "flash_takes_groups", lambda: False)
     draw, length = _draw(9), 128
     query, key, value = (draw(1, heads, length, 8).float().requires_grad_() for heads in (4, 2, 2))
     kept: list[torch.Tensor] = []

@@ -14,7 +14,7 @@ from mindspeed_lora.arguments.configs import LORA_TARGETS, RecomputeFlags
 from mindspeed_lora.device import torch_version
 from mindspeed_lora.lora.inject import inject_lora
 from mindspeed_lora.model.stage import build_stage_modules
-from mindspeed_lora.ops.cpu import _flash_takes_groups
+from mindspeed_lora.ops.cpu_attention import flash_takes_groups
 from mindspeed_lora.parallel.context import ParallelContext
 from mindspeed_lora.parallel.fill_drain import OLDEST_WITH_WAITING_TRANSFERS
 from mindspeed_lora.training.memory import estimate
@@ -84,7 +84,7 @@ def test_the_total_is_what_torch_allocates(lora: bool, dtype: str, recompute: Re
 def test_the_total_with_experts_is_what_torch_allocates(lora: bool, dtype: str) -> None:
     case = memory_estimate.Case(lora, dtype, RecomputeFlags(), 1, 512)
     model, device = memory_estimate.SMALL_EXPERTS, torch.device("cpu")
-    if not _flash_takes_groups():  # there a CPU keeps a copy of keys and values for each query head, which the estimate leaves out
+    if not flash_takes_groups():  # there a CPU keeps a copy of keys and values for each query head, which the estimate leaves out
         model = dataclasses.replace(model, num_query_groups=model.num_attention_heads)
     total = estimate(memory_estimate.sizes_of(case, model, device), 0)["total"]
     assert total == pytest.approx(memory_estimate.allocated_peak(case, model, device), rel=0.1)

@@ -7,7 +7,6 @@ avx512_bf16 at twice fp32's rate it takes as long (256 tokens: 3.7 ms both) or l
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 
 from mindspeed_lora.device import small_bf16_products_are_slow
 from mindspeed_lora.ops import eager, few_rows, fused
-from mindspeed_lora.ops.cpu_attention import causal_attention
+from mindspeed_lora.ops.cpu_attention import causal_attention, repeated
 from mindspeed_lora.ops.fused import Grads, rotate, swiglu
 from mindspeed_lora.ops.products import goes_to_onednn, product_dtype, times, times_transposed, transposed_times, wide_rows
 
@@ -64,22 +63,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     return (fused if torch.is_grad_enabled() else few_rows).rms_norm(x, weight, epsilon)
 
 
-@functools.cache
-def _flash_takes_groups() -> bool:
-    """Whether torch's flash attention takes fewer keys than queries; torch 2.7 falls back to scores of ``[b, n, s, s]``."""
-    query, key = torch.zeros(1, 2, 16, 8), torch.zeros(1, 1, 16, 8)
-    return torch._fused_sdp_choice(query, key, key, is_causal=True, enable_gqa=True) != 0
-
-
 def _prepared(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """In the dtype of their products, and in groups that flash attention takes; as they are where there are few queries."""
     if query.shape[2] < _FEW_QUERIES:
         return query, key, value
     dtype = product_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if key.shape[1] != query.shape[1] and not _flash_takes_groups():
-        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
-    return query, key, value
+    return query, *repeated(query, key, value)
 
 
 def _multiplies_whole_matrices(query: torch.Tensor, key: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ are rounded to bf16: as two more columns of the product's inner dimension, which
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from mindspeed_lora.ops.fused import Grads
 
 _LOG2_OF_E = math.log2(math.e)
+_FLASH = 256  # up to here forward torch's flash attention takes less time: a call in place of a dozen
 _QUERIES, _FEWEST_QUERIES = 256, 64
 _SCORES = 1 << 21  # 4 MiB, and as much again of their gradient: a core's share of the third-level cache
 
@@ -75,22 +77,51 @@ def _weights(queries: torch.Tensor, shift: torch.Tensor, keys: torch.Tensor, len
     return weights
 
 
+@functools.cache
+def flash_takes_groups() -> bool:
+    """Whether torch's flash attention takes fewer keys than queries; torch 2.7 falls back to scores of ``[b, n, s, s]``."""
+    query, key = torch.zeros(1, 2, 16, 8), torch.zeros(1, 1, 16, 8)
+    return torch._fused_sdp_choice(query, key, key, is_causal=True, enable_gqa=True) != 0
+
+
+def repeated(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values in as many groups as flash attention takes for these queries."""
+    if key.shape[1] == query.shape[1] or flash_takes_groups():
+        return key, value
+    times = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
+
+
+def _by_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`_by_products`, in one call."""
+    key, value = repeated(query, key, value)
+    output, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, is_causal=True, scale=scale)
+    return output, logs.unsqueeze(-1).div_(scale)
+
+
+def _by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[b, n, s, d]``, and of each query the logarithm of its sum over ``scale``, fp32 ``[b, n, s, 1]``."""
+    batch, heads, length = query.shape[:3]
+    output = query.new_empty(length, batch, heads, value.shape[-1]).permute(1, 2, 0, 3)  # as the next linear takes it
+    logs = query.new_empty(batch, heads, length, 1, dtype=torch.float32)
+    keys, values = _less_one(key), value.flatten(0, 1)
+    queries, outputs, all_logs = (_grouped(tensor, key.shape[1]) for tensor in (query, output, logs))
+    for groups, rows in _pieces(queries):
+        here, count = (groups, slice(None), rows), rows.stop - rows.start
+        part, seen = queries[here].flatten(1, 2), keys[groups, : rows.stop]
+        largest = _largest(part, seen, count)
+        weights = _weights(part, largest, seen, count, scale)
+        total = weights.sum(dim=-1, keepdim=True, dtype=torch.float32)
+        outputs[here] = (torch.bmm(weights, values[groups, : rows.stop]) / total).view_as(outputs[here])
+        all_logs[here] = total.log_().div_(scale).add_(largest).view_as(all_logs[here])
+    return output, logs
+
+
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        batch, heads, length = query.shape[:3]
-        output = query.new_empty(length, batch, heads, value.shape[-1]).permute(1, 2, 0, 3)  # as the next linear takes it
-        logs = query.new_empty(batch, heads, length, 1, dtype=torch.float32)
-        keys, values = _less_one(key), value.flatten(0, 1)
-        queries, outputs, all_logs = (_grouped(tensor, key.shape[1]) for tensor in (query, output, logs))
-        for groups, rows in _pieces(queries):
-            here, count = (groups, slice(None), rows), rows.stop - rows.start
-            part, seen = queries[here].flatten(1, 2), keys[groups, : rows.stop]
-            largest = _largest(part, seen, count)
-            weights = _weights(part, largest, seen, count, scale)
-            total = weights.sum(dim=-1, keepdim=True, dtype=torch.float32)
-            outputs[here] = (torch.bmm(weights, values[groups, : rows.stop]) / total).view_as(outputs[here])
-            all_logs[here] = total.log_().div_(scale).add_(largest).view_as(all_logs[here])
+        flash = query.shape[2] <= _FLASH and value.shape[3] == query.shape[3]
+        output, logs = (_by_flash if flash else _by_products)(query, key, value, scale)
         ctx.save_for_backward(query, key, value, output, logs)
         ctx.scale = scale
         return output

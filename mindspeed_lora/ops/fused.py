@@ -65,7 +65,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Grads:
-        return _rotated(dy, *ctx.saved_tensors, back=True), None, None
+        cosine, sine = ctx.saved_tensors
+        return _rotated(dy, cosine, sine, back=True), None, None
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
