@@ -46,7 +46,7 @@ MUTANTS = (
     Mutant(
         "rotary halves",
         "the rotation turns the wrong way",
-        (("ops/fused.py", "y_first.addcmul_(second, sine_first, value=-1)", "y_first.addcmul_(second, sine_first)"),),
+        ((FUSED, "sines[back], value=1 if back else -1)", "sines[back])"),),
     ),
     Mutant(
         "key and value",
@@ -63,7 +63,11 @@ MUTANTS = (
         "documents of a packed row see each other",
         ((LAYERS, "ops.document_attention(query, key, value, attend.ends, self.window)", "ops.attention(query, key, value)"),),
     ),
-    Mutant("target's rank", "each rank takes targets for its own columns", ((LOSS, "local = target - self.first", "local = target"),)),
+    Mutant(
+        "target's rank",
+        "each rank takes targets for its own columns",
+        ((LOSS, "local = target.unsqueeze(1) - self.first", "local = target.unsqueeze(1)"),),
+    ),
     Mutant(
         "softmax's sum",
         "each rank divides by its own slice's sum",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from mindspeed_lora.arguments.configs import LoraFlags
 from mindspeed_lora.conversion import merge
-from mindspeed_lora.conversion.merge import Change
+from mindspeed_lora.conversion.merge import Change, Workspace
 from mindspeed_lora.errors import CheckpointError, MindSpeedLoraError, UsageError
 from mindspeed_lora.manifest import read_manifest
+from mindspeed_lora.ops.products import product
 from mindspeed_lora.weights.config import Layout
 from mindspeed_lora.weights.lora_spec import LoraSpec
 from mindspeed_lora.weights.peft_files import write_peft_adapter
@@ -101,14 +103,37 @@ def test_the_sum_is_fp32_arithmetic_cast_once_at_any_scale(scale: float, dtype: 
     weight, matrix_a, matrix_b = (torch.randn(shape, generator=generator) for shape in ((48, 33), (4, 33), (48, 4)))
     of = Change.of(matrix_a, matrix_b, scale)
     monkeypatch.setattr(merge, "_CACHED_BYTES", 20 * 33 * 4)  # pieces of 20, 20 and 8 rows
-    pieces = [(piece.clone(), taken) for piece, taken in of.added_to(weight.to(dtype), 0, dtype)]
+    pieces = [(piece.clone(), taken) for piece, taken in of.added_to(weight.to(dtype), 0, dtype, Workspace())]
     result, lost = torch.cat([piece for piece, _ in pieces]), sum(taken for _, taken in pieces)
-    assert len(pieces) == 3 and next(of.added_to(weight[20:40].to(dtype), 20, dtype))[0].equal(result[20:40])
+    assert len(pieces) == 3 and next(of.added_to(weight[20:40].to(dtype), 20, dtype, Workspace()))[0].equal(result[20:40])
     change = matrix_b @ matrix_a * scale
     total = weight.to(dtype).float() + change
     assert torch.equal(result, total.to(dtype))
     assert of.squared_norm(0, 48) == pytest.approx(float(change.square().sum()), rel=1e-4)
     assert lost == pytest.approx(float((total - total.to(dtype).float()).square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("r", [1, 2, 3, 8, 16, 17, 64, 128, 130])
+def test_a_product_added_in_place_is_rounded_before_it_is_added(r: int) -> None:
+    """Bit for bit, whatever library multiplies; weights are large beside the change, where another order would show."""
+    generator = torch.Generator().manual_seed(r)
+    for rows, width in ((12, 64), (16, 16), (17, 33), (64, 100), (85, 3072), (341, 257)):
+        weight, matrix_a, matrix_b = (torch.randn(shape, generator=generator) for shape in ((rows, width), (r, width), (rows, r)))
+        ((result, _),) = Change.of(matrix_a, matrix_b, 0.5).added_to(weight, 0, torch.float32, Workspace())
+        assert torch.equal(result, weight + 0.5 * product(matrix_b, matrix_a)), (rows, width)
+
+
+def test_threads_have_buffers_of_their_own() -> None:
+    workspace, found = Workspace(), []
+    threads = [threading.Thread(target=lambda: found.append(workspace.rows("sums", 2, 3, torch.float32))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    mine = workspace.rows("sums", 2, 3, torch.float32)
+    assert len({tensor.data_ptr() for tensor in (*found, mine)}) == 3
+    assert workspace.rows("sums", 3, 2, torch.float32).data_ptr() == mine.data_ptr()
+    assert workspace.rows("sums", 2, 3, torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_each_tensor_keeps_its_own_dtype(tmp_path: Path) -> None:

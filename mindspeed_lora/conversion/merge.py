@@ -8,6 +8,7 @@ share = |merged - (W + delta)| / |delta| in fp32 (Frobenius norms over all tenso
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,22 @@ import torch
 from mindspeed_lora.ops.products import product
 from mindspeed_lora.weights.table import Row
 
-_CACHED_BYTES = 1 << 20  # of each of the two fp32 buffers of a merge: about a core's second-level cache
+_CACHED_BYTES = 1 << 21  # of the fp32 sums of a piece: with smaller ones, threads hand Python's lock to and fro more often
+_FEWEST_ROWS, _FEWEST_COLUMNS, _LARGEST_R = 16, 16, 128  # where a product added in place has the bits of one that is added afterwards
+
+
+class Workspace(threading.local):
+    """A thread's buffers: the system would clear new ones for each block."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def rows(self, use: str, count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """``[count, width]``, undefined; the same memory for the same ``use``."""
+        kept = self._kept.get(use)
+        if kept is None or kept.dtype != dtype or kept.numel() < count * width:
+            kept = self._kept[use] = torch.empty(max(count * width, _CACHED_BYTES // 4), dtype=dtype)
+        return kept[: count * width].view(count, width)
 
 
 @dataclass
@@ -61,7 +77,7 @@ class Change:
         matrix_a, matrix_b = matrix_a.float(), matrix_b.float()
         return cls(matrix_a, matrix_b, scale, (matrix_a @ matrix_a.T).double())
 
-    def added_to(self, base: torch.Tensor, first: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, float]]:
+    def added_to(self, base: torch.Tensor, first: int, dtype: torch.dtype, workspace: Workspace) -> Iterator[tuple[torch.Tensor, float]]:
         """Yield the rows of W that ``base`` holds, from row ``first`` on, changed and cast once to ``dtype``, and what the cast took.
 
         They come in pieces that share their memory. What the cast took is a squared norm; it is infinite or NaN where the result, or the
@@ -69,22 +85,27 @@ class Change:
         """
         rows, width = base.shape
         step = min(max(_CACHED_BYTES // (4 * width), 1), rows)
-        other, result = torch.empty(step, width), torch.empty(step, width, dtype=dtype)
-        power_of_two = abs(math.frexp(self.scale)[0]) == 0.5  # then scaling rounds nothing, and may be one step with the sum
+        sums, back = (workspace.rows(use, step, width, torch.float32) for use in ("sums", "back"))
+        result = workspace.rows("result", step, width, dtype)
         # Few calls, and nothing cut inside the loop: each call gives Python's lock away, waits for it again, and another thread is at it.
         for part, stored in zip(self.matrix_b[first : first + rows].split(step), base.split(step), strict=True):
-            if len(part) < len(other):
-                other, result = other[: len(part)], result[: len(part)]
-            total = product(part, self.matrix_a)
-            other.copy_(stored)
-            if power_of_two:
-                torch.add(other, total, alpha=self.scale, out=total)
-            else:
-                total.mul_(self.scale).add_(other)
-            result.copy_(total)
-            other.copy_(result)
-            flat = total.sub_(other).view(-1)
+            if len(part) < len(sums):
+                sums, back, result = sums[: len(part)], back[: len(part)], result[: len(part)]
+            sums.copy_(stored)
+            self._add_to(sums, part)
+            result.copy_(sums)
+            back.copy_(result)
+            flat = sums.sub_(back).view(-1)
             yield result, float(torch.dot(flat, flat))
+
+    def _add_to(self, sums: torch.Tensor, part: torch.Tensor) -> None:
+        """``sums += scale * part A``, the product rounded before it is scaled, and scaled before it is added."""
+        power_of_two = abs(math.frexp(self.scale)[0]) == 0.5  # then scaling rounds nothing
+        large = len(part) >= _FEWEST_ROWS and sums.shape[1] >= _FEWEST_COLUMNS and part.shape[1] <= _LARGEST_R
+        if power_of_two and large:
+            sums.addmm_(part, self.matrix_a, alpha=self.scale)
+        else:
+            sums.add_(product(part, self.matrix_a).mul_(self.scale))
 
     def squared_norm(self, first: int, last: int) -> float:
         """|scale B A|^2 of rows [first, last)."""

@@ -13,7 +13,7 @@ from itertools import accumulate
 
 import torch
 
-from mindspeed_lora.conversion.merge import Change, RoundingReport
+from mindspeed_lora.conversion.merge import Change, RoundingReport, Workspace
 from mindspeed_lora.errors import CheckpointError
 from mindspeed_lora.weights.block_writer import Block
 from mindspeed_lora.weights.lora_blocks import module_of, part_scales
@@ -37,6 +37,7 @@ class WeightStream:
     def __init__(self, base: Base, adapter: Adapter | None, lora: LoraSpec | None, dtype: torch.dtype | None) -> None:
         self.base, self.adapter, self.lora, self.dtype = base, adapter, lora, dtype
         self.report = RoundingReport()
+        self._workspace = Workspace()
 
     def part_dtypes(self, row: Row, layer: int | None) -> list[torch.dtype]:
         """dtype that each HF part will have."""
@@ -80,7 +81,7 @@ class WeightStream:
                 yield piece
             return
         lost = 0.0
-        for piece, taken in change.added_to(stored(first, last), first, dtype):
+        for piece, taken in change.added_to(stored(first, last), first, dtype, self._workspace):
             if not math.isfinite(taken):  # else: a finite difference from what is finite, nothing to look for
                 self._check_finite(name, piece)
             lost += taken
