@@ -56,6 +56,15 @@ def test_every_piece_is_attention(groups: int, length: int, queries: int, scores
     _assert_as_in_float64([draw(4, length), draw(groups, length), draw(groups, length, 24)], 1e-2)
 
 
+@pytest.mark.usefixtures("forward")
+def test_heads_may_lie_in_any_order(draw: Draw) -> None:
+    """Gradients are written through views, which a copy would lose."""
+    for order in ((0, 1, 2, 3), (1, 0, 2, 3), (2, 1, 0, 3), (3, 1, 0, 2)):
+        back = sorted(range(4), key=order.__getitem__)
+        inputs = [draw(heads, 40).detach().permute(order).contiguous().permute(back).requires_grad_() for heads in (4, 2, 2)]
+        _assert_as_in_float64(inputs, 1e-2)
+
+
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.usefixtures("forward")
 def test_scores_may_be_large(scale: float | None, draw: Draw) -> None:

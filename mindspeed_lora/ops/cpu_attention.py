@@ -33,6 +33,12 @@ def _grouped(heads: torch.Tensor, groups: int) -> torch.Tensor:
     return heads.reshape(batch * groups, count // groups, *rest)
 
 
+def _new_heads(like: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Undefined ``[b, n, s, width]`` for ``like``'s ``[b, n, s, d]``, laid out as a layer has them, so that groups of it are views."""
+    batch, heads, length = like.shape[:3]
+    return like.new_empty(length, batch, heads, width, dtype=dtype).permute(1, 2, 0, 3)
+
+
 def _less_one(keys: torch.Tensor) -> torch.Tensor:
     """``[b, g, s, d] -> [b g, s, d + 2]``, the last two columns -1."""
     return F.pad(keys.flatten(0, 1), (0, 2), value=-1.0)
@@ -92,6 +98,12 @@ def repeated(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tup
     return key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
 
 
+def _flash_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether these are few enough, and what the kernel reads: it looks at no stride of the last dim."""
+    dense = all(tensor.stride(-1) == 1 for tensor in (query, key, value))
+    return query.shape[2] <= _FLASH and value.shape[-1] == query.shape[-1] and dense
+
+
 def _by_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`_by_products`, in one call."""
     key, value = repeated(query, key, value)
@@ -101,9 +113,7 @@ def _by_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale
 
 def _by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[b, n, s, d]``, and of each query the logarithm of its sum over ``scale``, fp32 ``[b, n, s, 1]``."""
-    batch, heads, length = query.shape[:3]
-    output = query.new_empty(length, batch, heads, value.shape[-1]).permute(1, 2, 0, 3)  # as the next linear takes it
-    logs = query.new_empty(batch, heads, length, 1, dtype=torch.float32)
+    output, logs = _new_heads(query, value.shape[-1], query.dtype), _new_heads(query, 1, torch.float32)
     keys, values = _less_one(key), value.flatten(0, 1)
     queries, outputs, all_logs = (_grouped(tensor, key.shape[1]) for tensor in (query, output, logs))
     for groups, rows in _pieces(queries):
@@ -120,8 +130,7 @@ def _by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sc
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        flash = query.shape[2] <= _FLASH and value.shape[3] == query.shape[3]
-        output, logs = (_by_flash if flash else _by_products)(query, key, value, scale)
+        output, logs = (_by_flash if _flash_takes(query, key, value) else _by_products)(query, key, value, scale)
         ctx.save_for_backward(query, key, value, output, logs)
         ctx.scale = scale
         return output
@@ -130,9 +139,9 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> Grads:
         query, key, value, output, logs = ctx.saved_tensors
         mean = output.float().mul_(dy).sum(dim=-1, keepdim=True)
-        grads = [torch.empty_like(tensor, dtype=torch.float32) for tensor in (key, value)]
+        grads = [_new_heads(tensor, tensor.shape[-1], torch.float32) for tensor in (key, value)]
         key_grad, value_grad = (grad.flatten(0, 1) for grad in grads)
-        query_grad = torch.empty_like(query)
+        query_grad = _new_heads(query, query.shape[-1], query.dtype)
         keys, values = _less_one(key), _less_one(value)
         queries, query_grads, dys, means, all_logs = (_grouped(tensor, key.shape[1]) for tensor in (query, query_grad, dy, mean, logs))
         for groups, rows in _pieces(queries):
