@@ -1,9 +1,10 @@
 """Causal attention in bf16 for a CPU that multiplies large bf16 matrices fast, but not the small ones of torch's flash attention.
 
 Some hundred queries take all keys before them in one batched product, pieces of about :data:`_SCORES` scores at a time. As in flash
-attention only the output and the logarithm of each query's sum are kept. What is large in a query's scores is subtracted before they
-are rounded to bf16: as two more columns of the product's inner dimension, which sums in fp32 (m and what its rounding left, times
--1). Exponentials are powers of 2, which take less time::
+attention only the output and the logarithm of each query's sum are kept; a few hundred queries take flash attention itself forward,
+where it is the faster one. What is large in a query's scores is subtracted before they are rounded to bf16: as two more columns of the
+product's inner dimension, which sums in fp32 (m and what its rounding left, times -1). Exponentials are powers of 2, which take less
+time::
 
     P = 2^(c [q, m] [k, -1]^T) / sum           m: the largest q k^T that the query may attend to; backward its sum's logarithm too
     dS = P * [dy, d] [v, -1]^T                 d = y dy, the mean of dy v^T under P;  c = scale log2(e)
