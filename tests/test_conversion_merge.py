@@ -115,7 +115,7 @@ def test_the_sum_is_fp32_arithmetic_cast_once_at_any_scale(scale: float, dtype: 
 
 @pytest.mark.parametrize("r", [1, 2, 3, 8, 16, 17, 64, 128, 200])
 def test_a_product_added_in_place_is_rounded_before_it_is_added(r: int) -> None:
-    """Bit for bit, whatever library multiplies; weights are large beside the change, where another order would show."""
+    """Bit for bit as in two calls, whatever library multiplies."""
     generator = torch.Generator().manual_seed(r)
     for rows, width in ((1, 64), (5, 100), (12, 7), (16, 16), (17, 33), (64, 100), (85, 3072), (341, 257)):
         weight, matrix_a, matrix_b = (torch.randn(shape, generator=generator) for shape in ((rows, width), (r, width), (rows, r)))

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mindspeed_lora.ops.products import product
+from mindspeed_lora.ops.products import goes_to_onednn, product
 from mindspeed_lora.weights.table import Row
 
 _CACHED_BYTES = 1 << 21  # of the fp32 sums of a piece: with smaller ones, threads hand Python's lock to and fro more often
-_FEWEST_ROWS, _FEWEST_COLUMNS, _LARGEST_R = 16, 16, 128  # where MKL adds a product in place with the bits of one that is added afterwards
+# Where MKL's kernels for AMD add a product in place with the bits of one that is added afterwards; on Intel's CPUs it saves no time.
+_FEWEST_ROWS, _FEWEST_COLUMNS, _LARGEST_R = 16, 16, 128
 
 
 class Workspace(threading.local):
@@ -102,7 +103,7 @@ class Change:
         """``sums += scale * part A``, the product rounded before it is scaled, and scaled before it is added."""
         power_of_two = abs(math.frexp(self.scale)[0]) == 0.5  # then scaling rounds nothing
         large = len(part) >= _FEWEST_ROWS and sums.shape[1] >= _FEWEST_COLUMNS and part.shape[1] <= _LARGEST_R
-        if power_of_two and large and torch.backends.mkl.is_available():
+        if power_of_two and large and goes_to_onednn(part) and torch.backends.mkl.is_available():
             sums.addmm_(part, self.matrix_a, alpha=self.scale)
         else:
             sums.add_(product(part, self.matrix_a).mul_(self.scale))

@@ -7,7 +7,6 @@ avx512_bf16 at twice fp32's rate it takes as long (256 tokens: 3.7 ms both) or l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +14,12 @@ import torch
 
 from mindspeed_lora.device import small_bf16_products_are_slow
 from mindspeed_lora.ops import eager, few_rows, fused
-from mindspeed_lora.ops.cpu_attention import causal_attention, repeated
+from mindspeed_lora.ops.cpu_attention import LOG2_OF_E, causal_attention, repeated
 from mindspeed_lora.ops.fused import Grads, rotate, swiglu
 from mindspeed_lora.ops.products import goes_to_onednn, product_dtype, times, times_transposed, transposed_times, wide_rows
 
 __all__ = ["attention", "document_attention", "exp_", "linear", "rms_norm", "rotate", "swiglu"]
 
-_LOG2_OF_E = math.log2(math.e)
 _FEW_QUERIES = 16  # below this (generation) widening all keys and values would cost more than it saves
 _MANY_QUERIES = 64  # from here on products of whole matrices are faster than flash attention (1.0 against 0.7 ms)
 
@@ -55,7 +53,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def exp_(x: torch.Tensor) -> torch.Tensor:
     """See :func:`mindspeed_lora.ops.eager.exp_`; where MKL, which torch takes for it, needs four times as long as for a power of 2."""
-    return x.mul_(_LOG2_OF_E).exp2_() if goes_to_onednn(x) else x.exp_()
+    return x.mul_(LOG2_OF_E).exp2_() if goes_to_onednn(x) else x.exp_()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from mindspeed_lora.ops.fused import Grads
 
-_LOG2_OF_E = math.log2(math.e)
+LOG2_OF_E = math.log2(math.e)
 _FLASH = 256  # up to here forward torch's flash attention takes less time: a call in place of a dozen
 _QUERIES, _FEWEST_QUERIES = 256, 64
 _SCORES = 1 << 21  # 4 MiB, and as much again of their gradient: a core's share of the third-level cache
@@ -79,7 +79,7 @@ def _scaled_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> to
 
 def _weights(queries: torch.Tensor, shift: torch.Tensor, keys: torch.Tensor, length: int, scale: float) -> torch.Tensor:
     """``e^(scale (q k^T - shift))``, 0 for keys ahead; shapes as for :func:`_less`."""
-    weights = _less(queries, shift, keys, scale * _LOG2_OF_E).exp2_()
+    weights = _less(queries, shift, keys, scale * LOG2_OF_E).exp2_()
     _own_positions(weights, length).tril_()
     return weights
 
