@@ -43,6 +43,7 @@ from mindspeed_lora.errors import CheckpointError, MindSpeedLoraError
 from mindspeed_lora.inference.engine import Engine, ScoreBatch
 from mindspeed_lora.inference.session import lead, open_session
 from mindspeed_lora.parallel.context import build_context, single_process_context
+from mindspeed_lora.training import loss_scale
 from mindspeed_lora.training.flat import FlatLayout, TrainedParameter
 from mindspeed_lora.training.gradients import FlatGradients
 from mindspeed_lora.training.loss_scale import LossScaler, build_scaler
@@ -310,10 +311,21 @@ def test_a_loss_that_is_no_number(workspace: Path, tmp_path: Path, monkeypatch: 
             run_training(change(config, save__save=None, **scale))
 
 
-def test_gradients_that_overflow_at_the_minimum_go_on(workspace: Path) -> None:
-    """As in Megatron: the loss is a number, so the next batch may be better."""
-    text = run_training(fp16(workspace, train_iters=2, loss_scale__constant=2.0**40))
+def test_gradients_that_overflow_at_the_minimum_go_on(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in Megatron: the loss is a number, so the next batch may be better. Not for ever, though."""
+    config = fp16(workspace, train_iters=2, loss_scale__constant=2.0**40)
+    text = run_training(config)
     assert text.count("skipped, the scale stays") == 2
+    monkeypatch.setattr(loss_scale, "MOST_OVERFLOWS", 2)
+    with pytest.raises(MindSpeedLoraError, match=r"2 steps in a row .* scale 1.09951e\+12, and --loss-scale allows .* --bf16"):
+        run_training(config)
+
+
+def test_only_overflows_in_a_row_at_the_minimum_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_scale, "MOST_OVERFLOWS", 3)
+    assert scales(FLAGS, "ooooo" + "oo.oo." + "oo")[-1] == FLAGS.minimum  # at it from the fifth on
+    with pytest.raises(MindSpeedLoraError, match=r"3 steps in a row .* scale 4, and --min-loss-scale"):
+        scales(FLAGS, "ooooo" + "ooo")
 
 
 def logits_and_scores(base: Path, adapter: Path | None, dtype: str | None) -> tuple[torch.Tensor, torch.Tensor]:

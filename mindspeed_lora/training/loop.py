@@ -196,7 +196,7 @@ class Trainer:
         """Take the loss scale out of the gradients and go on to the next step's; whether they or the loss left the range of fp16.
 
         Raises:
-            MindSpeedLoraError: the loss is not finite, and the scale cannot become smaller.
+            MindSpeedLoraError: the scale cannot become smaller, and the loss is not finite or the steps before overflowed too.
         """
         overflow = not self.parts.gradients.unscale(scaler.scale) or not math.isfinite(loss)
         if scaler.at_minimum and not math.isfinite(loss):

@@ -6,6 +6,7 @@ Megatron's rules; w = ``--loss-scale-window``, h = ``--hysteresis``, patience st
     an overflow anywhere    good = 0,  patience - 1;  at 0 and below:  scale = max(scale / 2, --min-loss-scale)
 
 Patience returns with growth only: after the first halving every further overflow halves at once. ``--loss-scale`` keeps one value.
+Megatron goes on for ever where no smaller scale is left; here it ends after :data:`MOST_OVERFLOWS` steps in a row that train nothing.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 
 from mindspeed_lora.arguments.configs import LossScaleFlags
-from mindspeed_lora.errors import CheckpointError
+from mindspeed_lora.errors import CheckpointError, MindSpeedLoraError
 
 GROWTH, BACKOFF = 2.0, 0.5
+MOST_OVERFLOWS = 100
 
 
 class LossScaler:
@@ -29,6 +31,7 @@ class LossScaler:
         self.flags = flags
         self.scale = flags.initial if flags.constant is None else flags.constant
         self.good_steps, self.patience = 0, flags.hysteresis
+        self._in_vain = 0  # overflows in a row at the smallest scale
 
     @property
     def at_minimum(self) -> bool:
@@ -36,7 +39,18 @@ class LossScaler:
         return self.flags.constant is not None or self.scale <= self.flags.minimum
 
     def update(self, overflow: bool) -> None:
-        """Go on to the next step's scale."""
+        """Go on to the next step's scale.
+
+        Raises:
+            MindSpeedLoraError: too many overflows in a row, and the scale cannot become smaller.
+        """
+        self._in_vain = self._in_vain + 1 if overflow and self.at_minimum else 0
+        if self._in_vain >= MOST_OVERFLOWS:
+            flag = "--min-loss-scale" if self.flags.constant is None else "--loss-scale"
+            raise MindSpeedLoraError(
+                f"{self._in_vain} steps in a row overflowed in fp16 at loss scale {self.scale:g}, and {flag} allows no smaller one: "
+                f"nothing is trained. Train with --bf16 or in fp32, or pass a smaller {flag}"
+            )
         if self.flags.constant is not None:
             return
         if overflow:
