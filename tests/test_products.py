@@ -59,10 +59,10 @@ class _Products(TorchDispatchMode):
         self.weights: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.name()
-        if name.partition(".")[0] in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise"):
-            self.names.add(name.partition(".")[0])
-        if name.startswith("mkldnn::_linear_pointwise"):
+        name = function.name().partition(".")[0]
+        if name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise"):
+            self.names.add(name)
+        if name == "mkldnn::_linear_pointwise":
             self.weights.append(args[1])
         return function(*args, **(kwargs or {}))
 
